@@ -1,7 +1,7 @@
 """The errors this package raises on purpose.
 
-All of them are ``ValueError`` s, so that callers who do not know the package can still catch them; the command line turns each into one line and
-exit status 2.
+All of them are a ``ValueError``, so that callers who do not know the package can still catch them; the command line
+turns each into one line and exit status 2.
 """
 
 from __future__ import annotations

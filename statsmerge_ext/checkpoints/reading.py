@@ -1,0 +1,226 @@
+"""Opening a checkpoint on disk as a lazy mapping from tensor names to tensors.
+
+Nothing here needs a network, the transformers library or unrestricted unpickling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from statsmerge_ext.checkpoints.header import TensorInfo, read_header
+from statsmerge_ext.errors import CheckpointError
+
+SAFETENSORS_SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+# Under these keys training scripts store the state dict beside optimiser state and counters.
+NESTED_KEYS = ("state_dict", "model_state_dict", "model")
+# The order in which transformers looks for weights in a directory.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def open_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:
+    """Open a checkpoint: a Hugging Face directory, a ``.safetensors`` file or a ``.pt``/``.pth``/``.bin`` state dict.
+
+    A directory holds ``model.safetensors``, ``pytorch_model.bin``, or shards with their index file. Pickle files are
+    read with ``weights_only=True``; a state dict nested under ``state_dict``, ``model_state_dict`` or ``model`` is
+    found. Headers, offsets and indices are validated here, tensors are read when they are asked for.
+
+    Args:
+        path: directory or file.
+        device: where the tensors are put when they are read.
+
+    Raises:
+        CheckpointError: naming the file (and tensor) that is missing, unreadable, truncated or refused.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = _read_json(path / "config.json") if (path / "config.json").exists() else None
+        return Checkpoint(path, config, _directory_entries(path), device)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory (checkpoints are local; nothing is downloaded)")
+    return Checkpoint(path, None, _file_entries(path), device)
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A checkpoint on disk: a lazy, read-only mapping from tensor names to tensors; made by `open_checkpoint`.
+
+    Attributes:
+        path: the directory or file that was opened.
+        config: the parsed ``config.json`` of a directory, or None.
+    """
+
+    def __init__(self, path: Path, config: dict | None, entries: dict[str, _File], device: str | torch.device):
+        self.path = path
+        self.config = config
+        self._entries = entries
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._entries[name].read(name).to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, without reading it."""
+        return self._entries[name].infos[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, without reading it."""
+        return self._entries[name].infos[name].dtype
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entries[name].path
+
+
+class _SafetensorsFile:
+    """One safetensors file, memory-mapped at the first read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.infos = read_header(path)
+        self._handle = None
+
+    def read(self, name: str) -> Tensor:
+        try:
+            if self._handle is None:
+                self._handle = safe_open(self.path, framework="pt", device="cpu")
+            return self._handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+
+
+class _PickleFile:
+    """One ``torch.save`` file with a state dict, memory-mapped where its format allows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._state = _find_state_dict(path, _load_pickle(path))
+        self.infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._state.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+_File = _SafetensorsFile | _PickleFile
+
+
+def _open_file(path: Path) -> _File:
+    if path.suffix == SAFETENSORS_SUFFIX:
+        return _SafetensorsFile(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return _PickleFile(path)
+    suffixes = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
+    raise CheckpointError(f"{path}: unknown kind of file {path.suffix!r}; expected a directory or one of {suffixes}")
+
+
+def _file_entries(path: Path) -> dict[str, _File]:
+    file = _open_file(path)
+    if not file.infos:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return dict.fromkeys(file.infos, file)
+
+
+def _directory_entries(directory: Path) -> dict[str, _File]:
+    for name in WEIGHT_FILES:
+        if (directory / name).exists():
+            return _sharded_entries(directory / name) if name.endswith(".json") else _file_entries(directory / name)
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(f"{directory}: is a PEFT adapter, not a full checkpoint; merge it into its base first")
+    raise CheckpointError(f"{directory}: holds none of {', '.join(WEIGHT_FILES)}")
+
+
+def _sharded_entries(index_path: Path) -> dict[str, _File]:
+    index = _read_json(index_path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
+        raise CheckpointError(f"{index_path}: 'weight_map' must map tensor names to file names")
+    shards: dict[str, _File] = {}
+    for name, shard in weight_map.items():
+        if shard not in shards:
+            shards[shard] = _open_shard(index_path, name, shard)
+        if name not in shards[shard].infos:
+            file = index_path.parent / shard
+            raise CheckpointError(f"{file}: tensor {name!r} is missing, although {index_path.name} lists it")
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _open_shard(index_path: Path, name: str, shard: str) -> _File:
+    # A plain file name only: anything with a directory in it could lead out of the checkpoint.
+    if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+        raise CheckpointError(f"{index_path}: tensor {name!r} points to {shard!r}, not to a file in the same directory")
+    file = index_path.parent / shard
+    if not file.exists():
+        raise CheckpointError(f"{file}: missing shard, listed in {index_path.name} for tensor {name!r}")
+    return _open_file(file)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _load_pickle(path: Path) -> object:
+    try:
+        # Files written before torch 1.6 are not zip archives and cannot be memory-mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        reason = "it holds Python objects or code besides tensors, and running code from a checkpoint is refused"
+        raise CheckpointError(f"{path}: {reason}; save a plain state dict or safetensors instead") from error
+    except Exception as error:  # On damaged bytes the unpickler fails in any way there is: KeyError, IndexError, …
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0]
+        raise CheckpointError(f"{path}: is truncated or not a torch file ({type(error).__name__}: {reason})") from error
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _find_state_dict(path: Path, content: object) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        for key in NESTED_KEYS:
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a state dict (name → tensor)")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise CheckpointError(f"{path}: entry {name!r} is a {kind}, expected a state dict (name → tensor)")
+        if value.layout != torch.strided:
+            raise CheckpointError(f"{path}: tensor {name!r} is stored as {value.layout}, expected a dense tensor")
+    return content

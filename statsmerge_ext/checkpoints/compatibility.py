@@ -76,6 +76,8 @@ class _Renamed(Mapping[str, Tensor]):
     def __init__(self, state: Mapping[str, Tensor], names: dict[str, str]):
         self._state = state
         self._names = names
+        if isinstance(state, Checkpoint):
+            self.path = state.path
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[self._names[name]]

@@ -49,8 +49,8 @@ class TensorInfo:
     dtype: torch.dtype
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of the tensors in a safetensors file, in the order of the header.
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors (name → shape and dtype, in the header's order) and the metadata texts of a safetensors file.
 
     Raises:
         CheckpointError: the file is missing, empty, truncated or not a valid safetensors file; names the file and,
@@ -74,14 +74,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     entries = _parse(path, raw)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(path, "__metadata__ in its header is not a mapping of texts")
     data_bytes = size - 8 - length
     infos, spans = {}, []
     for name, entry in entries.items():
         infos[name], span = _check_entry(path, name, entry, data_bytes)
         spans.append((*span, name))
     _check_coverage(path, spans, data_bytes)
-    return infos
+    return infos, metadata
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

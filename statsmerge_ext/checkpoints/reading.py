@@ -91,6 +91,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """Stored dtype of a tensor, without reading it."""
         return self._entries[name].infos[name].dtype
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The texts in the header of a safetensors file; of sharded ones, in the first."""
+        return next(iter(self._entries.values())).metadata
+
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._entries[name].path
@@ -101,7 +106,7 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.infos = read_header(path)
+        self.infos, self.metadata = read_header(path)
         self._handle = None
 
     def read(self, name: str) -> Tensor:
@@ -118,6 +123,7 @@ class _PickleFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self.metadata: dict[str, str] = {}
         self._state = _find_state_dict(path, _load_pickle(path))
         self.infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._state.items()}
 

@@ -197,7 +197,7 @@ def _write_pickle(state: Mapping[str, Tensor], path: Path) -> None:
             torch.save({name: tensor.detach().cpu() for name, tensor in state.items()}, file)
     except RuntimeError as error:
         # When a write fails, torch.save raises once more while it closes its archive; the cause is the first error.
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # noqa: B904
 
 
 def _write_shards(state: dict[str, Tensor], directory: Path, shard_bytes: int, progress: bool) -> None:

@@ -1,0 +1,1 @@
+"""What every method runs on: the models of one merge, and the loop over their layers."""

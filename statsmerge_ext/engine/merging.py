@@ -1,0 +1,199 @@
+"""The whole of a merge in memory: models in, evidence collected, the method applied, one model out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from statsmerge_ext.calibration import as_unlabelled_batches
+from statsmerge_ext.checkpoints import check_compatible, open_checkpoint
+from statsmerge_ext.engine.buffers import merge_buffers
+from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
+from statsmerge_ext.evidence import GramEvidence, collect_grams
+from statsmerge_ext.layers import Layer, find_layers, layers_of_state
+from statsmerge_ext.methods import get_method
+
+#: A model as callers may give it: a module, a state dict, or the path of a checkpoint.
+Model = nn.Module | Mapping[str, Tensor] | str | Path
+
+
+@dataclass
+class MergeResult:
+    """One merged model.
+
+    Attributes:
+        state: its state dict, keys and dtypes as the base's.
+        model: the base's module with that state, None where the base was no module.
+        coefficients: {"names": layers, "tasks": experts, "values": [L, K]} or None.
+        report: JSON-able facts: method, experts, seconds, what became of each kind of layer.
+    """
+
+    state: dict[str, Tensor]
+    model: nn.Module | None = None
+    coefficients: dict | None = None
+    report: dict = field(default_factory=dict)
+
+
+def merge(
+    method: str,
+    *,
+    base: Model,
+    experts: Mapping[str, Model],
+    calibration: Mapping[str, Iterable] | None = None,
+    heads: Mapping[str, Callable] | None = None,
+    forward: Callable[[nn.Module, object], object] | None = None,
+    evidence: GramEvidence | str | Path | None = None,
+    buffers: str = "average",
+    progress: bool = False,
+    seed: int = 0,
+    **hyperparameters,
+) -> MergeResult:
+    """Merge ``experts`` that were fine-tuned from ``base`` into one model of the same size.
+
+    Args:
+        method: name of a method, see :func:`statsmerge_ext.methods.list_methods`.
+        base: the pretrained model: a module, a state dict, or a checkpoint's path. Methods that look at data need the
+            module. It is not changed.
+        experts: name -> fine-tuned model, in any of the same forms.
+        calibration: name -> batches of that expert's task: tensors, or mappings of tensors. Labels are refused.
+        heads: name -> function from the model's output to logits, for methods that compare predictions and models
+            whose output is not logits already.
+        forward: ``forward(model, batch)``; by default the model is called with the tensor, or with the mapping's entries.
+        evidence: Gram evidence (or its file) collected before from the same models; ``calibration`` is then not needed
+            for the methods that use Gram matrices alone.
+        buffers: "average" the experts' floating-point buffers (BatchNorm statistics), or "reestimate" them by running
+            the merged model on all calibration batches.
+        progress: show progress bars.
+        seed: of all that is random.
+        hyperparameters: the method's own.
+
+    Raises:
+        MethodError: unknown method or hyperparameter, or something the method needs was not given.
+        CheckpointError: experts that do not fit the base, unreadable files, NaN weights.
+        CalibrationError: missing, empty, exhausted or labelled calibration data; evidence from other models.
+    """
+    start = time.perf_counter()
+    chosen = get_method(method)
+    chosen.check(hyperparameters)
+    if buffers not in ("average", "reestimate"):
+        raise MethodError(f"buffers: expected 'average' or 'reestimate', got {buffers!r}")
+    module = base if isinstance(base, nn.Module) else None
+    base_state = _as_state(base, "base")
+    states = {name: _as_state(model, f"expert {name!r}") for name, model in experts.items()}
+    sources = {name: _source(f"expert {name!r}", state) for name, state in states.items()}
+    states = check_compatible(base_state, states)
+    layers = find_layers(module) if module is not None else layers_of_state(base_state)
+
+    if isinstance(evidence, (str, Path)):
+        evidence = GramEvidence.load(evidence)
+    collect = "grams" in chosen.needs and evidence is None
+    batches: dict[str, list] = {}
+    if collect or "batches" in chosen.needs or buffers == "reestimate":
+        if module is None:
+            raise MethodError(f"base: method {method!r} runs the model, so it needs a module, not only its weights")
+        batches = _batches(calibration, list(states))
+    problem = MergeProblem(
+        layers=layers,
+        base=base_state,
+        experts=states,
+        model=copy.deepcopy(module),
+        forward=forward or default_forward,
+        batches=batches,
+        heads=heads or {},
+        base_source=_source("base", base_state),
+        sources=sources,
+        seed=seed,
+        progress=progress,
+    )
+    if collect:
+        evidence = collect_grams(
+            problem.model, layers, base_state, states, batches, forward=problem.forward, progress=progress
+        )
+    elif evidence is not None:
+        evidence.check_models(base_state, states)
+    problem.evidence = evidence
+    collected = time.perf_counter()
+
+    solution = chosen(problem, **hyperparameters)
+    state = _complete(problem, solution, buffers)
+    if module is not None:
+        problem.model.load_state_dict(state)
+        problem.model.train(module.training)
+    coefficients = _coefficient_table(problem, solution)
+    report = {
+        "method": method,
+        "hyperparameters": {**chosen.hyperparameters, **hyperparameters},
+        "experts": list(states),
+        "buffers": buffers,
+        "seed": seed,
+        "seconds": {"evidence": collected - start, "merge": time.perf_counter() - collected},
+        "layers": _layer_report(layers, evidence if "grams" in chosen.needs else None),
+        **solution.notes,
+    }
+    return MergeResult(state, problem.model if module is not None else None, coefficients, report)
+
+
+def default_forward(model: nn.Module, batch: object) -> object:
+    """Call ``model`` with a tensor, or with a mapping's entries as keyword arguments."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _as_state(model: Model, argument: str) -> Mapping[str, Tensor]:
+    if isinstance(model, nn.Module):
+        return model.state_dict()
+    if isinstance(model, (str, Path)):
+        return open_checkpoint(model)
+    if isinstance(model, Mapping):
+        return model
+    raise CheckpointError(f"{argument}: expected a module, a state dict or a path, got {type(model).__name__}")
+
+
+def _source(label: str, state: Mapping[str, Tensor]) -> str:
+    return f"{label} ({state.path})" if hasattr(state, "path") else label
+
+
+def _batches(calibration: Mapping[str, Iterable] | None, experts: list[str]) -> dict[str, list]:
+    calibration = calibration or {}
+    missing = [name for name in experts if name not in calibration]
+    unknown = [name for name in calibration if name not in experts]
+    if missing or unknown:
+        raise CalibrationError(
+            f"calibration: expected batches for the experts {experts}; missing {missing}, not an expert {unknown}"
+        )
+    return {name: list(as_unlabelled_batches(name, calibration[name])) for name in experts}
+
+
+def _complete(problem: MergeProblem, solution: Solution, buffers: str) -> dict[str, Tensor]:
+    """The whole state dict in the base's order: merged parameters under all their keys, and buffers."""
+    tied = {key: layer.parameter for layer in problem.layers for key in layer.tied}
+    names = {key: tied.get(key, key) for key in problem.base}
+    merged = {key: solution.parameters[name] for key, name in names.items() if name in solution.parameters}
+    rest = merge_buffers(problem, merged, reestimate=buffers == "reestimate")
+    return {key: merged[key] if key in merged else rest[key] for key in problem.base}
+
+
+def _coefficient_table(problem: MergeProblem, solution: Solution) -> dict | None:
+    if solution.coefficients is None:
+        return None
+    values = torch.as_tensor(solution.coefficients)
+    if values.dim() == 1:
+        values = values.expand(len(problem.layers), -1)
+    return {"names": [layer.name for layer in problem.layers], "tasks": list(problem.experts), "values": values}
+
+
+def _layer_report(layers: list[Layer], evidence: GramEvidence | None) -> dict:
+    kinds: dict[str, int] = {}
+    for layer in layers:
+        kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
+    report = {"kinds": kinds, "bare_parameters": [x.name for x in layers if x.kind == "other"]}
+    if evidence is not None:
+        report["never_called"] = [x.name for x in layers if x.source and not evidence.has(x)]
+        report["tied"] = {x.name: list(x.tied) for x in layers if x.tied}
+    return report

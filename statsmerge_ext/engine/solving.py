@@ -1,0 +1,63 @@
+"""Solving T · C = D for layers that share their Gram matrix, with one factorisation for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from statsmerge_ext import ops
+from statsmerge_ext.engine.problem import MergeProblem
+from statsmerge_ext.layers import Layer
+
+
+class LayerSolver:
+    """Task vectors T with T · C = D, layer by layer.
+
+    Args:
+        problem: its evidence holds C and D.
+        shrink: (leader, C) -> C, and
+        shrink_product: (layer, D) -> D: what a method makes of them before solving.
+        rcond: eigenvalues of C up to rcond × the largest count as zero. None: the number of features × the float32
+            epsilon, since that is what float32 features tell of a direction; not the epsilon of C's own dtype.
+    """
+
+    def __init__(
+        self,
+        problem: MergeProblem,
+        *,
+        rcond: float | None = None,
+        shrink: Callable[[str, Tensor], Tensor] = lambda leader, gram: gram,
+        shrink_product: Callable[[Layer, Tensor], Tensor] = lambda layer, product: product,
+    ) -> None:
+        self._evidence = problem.evidence
+        self._shrink, self._shrink_product = shrink, shrink_product
+        self._rcond = rcond
+        self._members: dict[str, list[Layer]] = {}
+        for layer in problem.layers:
+            if layer.name in self._evidence.leaders:
+                self._members.setdefault(self._evidence.leaders[layer.name], []).append(layer)
+        self._solved: dict[str, Tensor] = {}
+        #: layer -> {"features", "rank", "condition"} of its Gram matrix, of the worst group of a convolution.
+        self.quality: dict[str, dict] = {}
+
+    def solve(self, layer: Layer, like: Tensor) -> Tensor:
+        """The task vector of ``layer`` in the shape and dtype of ``like``."""
+        if layer.name not in self._solved:
+            self._solve_sharers(self._evidence.leaders[layer.name])
+        return layer.from_matrices(self._solved.pop(layer.name), like.shape).to(like.dtype)
+
+    def _solve_sharers(self, leader: str) -> None:
+        members = self._members[leader]
+        gram = self._shrink(leader, self._evidence.grams[leader])
+        products = [self._shrink_product(layer, self._evidence.products[layer.name]) for layer in members]
+        rcond = gram.shape[-1] * torch.finfo(torch.float32).eps if self._rcond is None else self._rcond
+        solution = ops.layer_solve(gram, products, rcond=rcond)
+        for layer, task_vector in zip(members, solution.T, strict=True):
+            self._solved[layer.name] = task_vector
+            self.quality[layer.name] = {
+                "features": gram.shape[-1],
+                "rank": int(torch.as_tensor(solution.rank).min()),
+                "condition": float(torch.as_tensor(solution.condition).max()),
+            }

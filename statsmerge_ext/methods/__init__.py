@@ -1,0 +1,26 @@
+"""Merging methods: one file a method, each a registered function of the same shape."""
+
+from statsmerge_ext.methods import (  # importing a method's module registers it
+    adamerging,
+    linear,
+    lot,
+    regmean,
+    stats_merging,
+    task_arithmetic,
+    ties,
+)
+from statsmerge_ext.methods.registry import Method, get_method, list_methods, register_method
+
+__all__ = [
+    "Method",
+    "adamerging",
+    "get_method",
+    "linear",
+    "list_methods",
+    "lot",
+    "register_method",
+    "regmean",
+    "stats_merging",
+    "task_arithmetic",
+    "ties",
+]

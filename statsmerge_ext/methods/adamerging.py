@@ -1,0 +1,54 @@
+"""AdaMerging (arXiv 2310.02575): coefficients that minimise the entropy of the merged model's predictions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from statsmerge_ext.engine.merged_model import LayerWiseMergedModel, is_layer_wise, learn_coefficients
+from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.methods.registry import register_method
+
+
+@register_method("adamerging", needs=("batches",))
+def adamerging(
+    problem: MergeProblem,
+    *,
+    granularity: str = "layer",
+    init_values: float = 0.3,
+    clamp_weights: bool = True,
+    epochs: int = 125,
+    lr: float = 1e-3,
+    lr_step: int = 10_000,
+) -> Solution:
+    """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l with the λ that make the mean entropy of all tasks' predictions least.
+
+    The batches are the unlabelled calibration samples; the paper uses the test samples themselves, which are not
+    there at merging time.
+
+    Args:
+        granularity: "layer" for a λ a layer and expert, "task" for one an expert.
+        init_values: the λ to start from.
+        clamp_weights: keep λ in [0, 1].
+        epochs, lr, lr_step: as in ``stats_merging``; the paper takes 500 steps of 16 samples a task.
+
+    Raises:
+        MethodError: a granularity or setting out of range, no expert differs from the base, or a loss not finite.
+    """
+    layer_wise = is_layer_wise(granularity)
+    merged = LayerWiseMergedModel(problem)
+    shape = (len(merged.layers), len(problem.experts)) if layer_wise else (len(problem.experts),)
+    values = torch.full(shape, init_values, requires_grad=True)
+
+    def coefficients() -> Tensor:
+        return values.clamp(0, 1) if clamp_weights else values
+
+    def entropy(name: str, place: int, logits: Tensor) -> Tensor:
+        return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+    facts = learn_coefficients(
+        merged, coefficients, [values], entropy, epochs=epochs, lr=lr, lr_step=lr_step, description="AdaMerging"
+    )
+    solution = merged.merge_and_unload(coefficients().detach())
+    solution.notes["training"] = facts
+    return solution

@@ -1,0 +1,92 @@
+"""The methods by name, built in or from a third party.
+
+A method is a function ``method(problem, *, hyperparameters…) -> Solution``; its keyword arguments, with their defaults,
+are its hyperparameters. A package adds its own through :func:`register_method`, in a module that it names in the
+entry-point group ``statsmerge_ext.methods``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+
+from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.errors import MethodError
+
+#: What a method can ask for beyond the weights: "grams" (Gram evidence) and "batches" (unlabelled batches and heads).
+NEEDS = frozenset({"grams", "batches"})
+ENTRY_POINTS = "statsmerge_ext.methods"
+
+_methods: dict[str, Method] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its ``name``, ``function``, what it ``needs`` and its ``hyperparameters`` with defaults."""
+
+    name: str
+    function: Callable[..., Solution]
+    needs: frozenset[str]
+    hyperparameters: Mapping[str, object]
+
+    def check(self, hyperparameters: Iterable[str]) -> None:
+        """Raise MethodError for a hyperparameter that the method does not take."""
+        for name in hyperparameters:
+            if name not in self.hyperparameters:
+                raise MethodError(
+                    f"method {self.name!r} has no hyperparameter {name!r}{nearest(name, self.hyperparameters)}; "
+                    f"it takes {', '.join(self.hyperparameters) or 'none'}"
+                )
+
+    def __call__(self, problem: MergeProblem, **hyperparameters) -> Solution:
+        self.check(hyperparameters)
+        return self.function(problem, **hyperparameters)
+
+
+def register_method(name: str, *, needs: Iterable[str] = ()) -> Callable:
+    """Decorator that makes a function available as the method ``name``.
+
+    Raises MethodError if the name is taken or ``needs`` holds something unknown.
+    """
+    needs = frozenset(needs)
+    if not needs <= NEEDS:
+        raise MethodError(f"needs: expected some of {sorted(NEEDS)}, got {sorted(needs)}")
+
+    def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
+        if name in _methods and _methods[name].function is not function:
+            raise MethodError(f"a method named {name!r} is already registered")
+        _, *arguments = inspect.signature(function).parameters.values()
+        _methods[name] = Method(name, function, needs, {a.name: a.default for a in arguments})
+        return function
+
+    return register
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``. Raises MethodError, with the nearest name, if there is none."""
+    _load_third_parties()
+    if name not in _methods:
+        raise MethodError(f"unknown method {name!r}{nearest(name, _methods)}; known: {', '.join(sorted(_methods))}")
+    return _methods[name]
+
+
+def list_methods() -> list[str]:
+    """The names of all methods, sorted."""
+    _load_third_parties()
+    return sorted(_methods)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the known name nearest to ``name``, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+@cache
+def _load_third_parties() -> None:
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        entry.load()

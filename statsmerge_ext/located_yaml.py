@@ -1,0 +1,130 @@
+"""YAML that remembers where each value stands, so that an error can name its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import yaml
+
+from statsmerge_ext.errors import RecipeError
+from statsmerge_ext.methods.registry import nearest
+
+Keys = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also takes 1e-3 for a number; YAML 1.1 wants a dot in it."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+class LocatedYaml:
+    """A parsed YAML document, its values, and errors that name file, line, column and key.
+
+    A value is addressed by the keys that lead to it: ``("models", 0, "parameters", "weight")``.
+    """
+
+    def __init__(self, text: str, name: str):
+        """Parse `text`; `name` stands for it in messages. Raises RecipeError for what is not YAML."""
+        self.name = name
+        loader = _Loader(text)
+        try:
+            self._root = loader.get_single_node()
+            self._refuse_duplicates(self._root, seen=set())
+            self.value = None if self._root is None else loader.construct_document(self._root)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+            raise RecipeError(f"{name}{line}: is not YAML: {getattr(error, 'problem', None) or error}") from error
+        finally:
+            loader.dispose()
+
+    def error(self, keys: Keys, message: str) -> RecipeError:
+        """A RecipeError about the value at `keys` (or, where there is none, about the nearest one around it)."""
+        mark = self._mark(keys)
+        line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+        return RecipeError(f"{self.name}{line}: {where + ': ' if where else ''}{message}")
+
+    def mapping(self, value: object, keys: Keys, known: Iterable[str] | None = None) -> dict[str, object]:
+        """`value`, checked to be a mapping with texts for keys, all of them `known` if that is given."""
+        if not isinstance(value, dict):
+            raise self.error(keys, f"expected a mapping (key: value), got {_describe(value)}")
+        for key in value:
+            if not isinstance(key, str):
+                raise self.error(keys, f"expected texts for keys, got {_describe(key)}")
+            if known is not None and key not in known:
+                known = list(known)
+                raise self.error((*keys, key), f"unknown key{nearest(key, known)}; known here: {', '.join(known)}")
+        return value
+
+    def text(self, value: object, keys: Keys) -> str:
+        """`value`, checked to be a text that is not empty."""
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(keys, f"expected a text, got {_describe(value)}")
+        return value
+
+    def positive_int(self, value: object, keys: Keys) -> int:
+        """`value`, checked to be an integer of at least 1."""
+        if type(value) is not int or value < 1:
+            raise self.error(keys, f"expected an integer of at least 1, got {_describe(value)}")
+        return value
+
+    def like(self, value: object, example: object, keys: Keys) -> object:
+        """`value`, checked to be of the type of `example`; any type where that is no number, text or truth value."""
+        if isinstance(example, bool):
+            fits, expected = isinstance(value, bool), "true or false"
+        elif isinstance(example, int):
+            fits, expected = type(value) is int, "an integer"
+        elif isinstance(example, float):
+            fits, expected = type(value) in (int, float), "a number"
+        elif isinstance(example, str):
+            fits, expected = isinstance(value, str), "a text"
+        else:
+            return value
+        if not fits:
+            raise self.error(keys, f"expected {expected}, got {_describe(value)}")
+        return float(value) if isinstance(example, float) else value
+
+    def _mark(self, keys: Keys) -> yaml.Mark | None:
+        node, mark = self._root, self._root.start_mark if self._root else None
+        for key in keys:
+            if isinstance(node, yaml.MappingNode):
+                pairs = [(k, v) for k, v in node.value if k.value == key]
+                if not pairs:
+                    break
+                mark, node = pairs[-1][0].start_mark, pairs[-1][1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+                node = node.value[key]
+                mark = node.start_mark
+            else:
+                break
+        return mark
+
+    def _refuse_duplicates(self, node: yaml.Node | None, seen: set[int]) -> None:
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            return
+        seen.add(id(node))
+        keys = set()
+        for item in node.value:
+            if isinstance(node, yaml.MappingNode):
+                key, item = item
+                if isinstance(key, yaml.ScalarNode) and key.value in keys and key.value != "<<":
+                    mark = key.start_mark
+                    raise RecipeError(f"{self.name}:{mark.line + 1}:{mark.column + 1}: {key.value}: appears twice")
+                keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            self._refuse_duplicates(item, seen)
+
+
+def _describe(value: object) -> str:
+    if value is None:
+        return "nothing"
+    kind = {dict: "a mapping", list: "a list"}.get(type(value))
+    return kind or repr(value)

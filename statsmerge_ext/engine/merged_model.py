@@ -67,8 +67,12 @@ class LayerWiseMergedModel:
         }
         return functional_call(self._runner, weights, (batch,))
 
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradient of a ``loss`` of this model's outputs, on the merged weights and nothing else."""
+        loss.backward(inputs=self._leaves)
+
     def backward(self) -> None:
-        """Carry the gradients that the losses left on the merged weights on to the coefficients."""
+        """Carry the accumulated gradients on to the coefficients."""
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         torch.autograd.backward(self._merged, gradients)
 
@@ -143,7 +147,7 @@ def learn_coefficients(
             for name, stream in streams.items():
                 place, batch = next(stream)
                 value = loss(name, place, logits_of(problem.heads.get(name), merged(batch))) / len(streams)
-                value.backward()
+                merged.accumulate(value)
                 total += value.item()
             if not torch.isfinite(torch.tensor(total)):
                 raise MethodError(f"{description}: the loss is {total}; try a smaller lr (it is {lr})")

@@ -48,7 +48,7 @@ def ties(
 
 
 def _threshold(problem: MergeProblem, name: str, density: float) -> float:
-    """The magnitude above which the share ``density`` of an expert's whole task vector lies."""
+    """The least magnitude among the share ``density`` of an expert's task vector that is kept."""
     magnitudes = torch.cat([problem.task_vector(layer, name).abs().flatten() for layer in problem.layers])
-    dropped = magnitudes.numel() - max(1, round(density * magnitudes.numel()))
-    return float(magnitudes.kthvalue(dropped).values) if dropped else 0.0
+    kept = max(1, round(density * magnitudes.numel()))
+    return float(magnitudes.kthvalue(magnitudes.numel() - kept + 1).values)

@@ -31,7 +31,9 @@ WEIGHT_FILES = (
 )
 
 
-def open_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu", at_least: torch.dtype | None = None
+) -> Checkpoint:
     """Open a checkpoint: a Hugging Face directory, a ``.safetensors`` file or a ``.pt``/``.pth``/``.bin`` state dict.
 
     A directory holds ``model.safetensors``, ``pytorch_model.bin``, or shards with their index file. Pickle files are
@@ -41,6 +43,8 @@ def open_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     Args:
         path: directory or file.
         device: where the tensors are put when they are read.
+        at_least: floating-point tensors of a narrower dtype are converted to this one (or to what holds both) when
+            they are read.
 
     Raises:
         CheckpointError: naming the file (and tensor) that is missing, unreadable, truncated or refused.
@@ -48,10 +52,10 @@ def open_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     path = Path(path)
     if path.is_dir():
         config = _read_json(path / "config.json") if (path / "config.json").exists() else None
-        return Checkpoint(path, config, _directory_entries(path), device)
+        return Checkpoint(path, config, _directory_entries(path), device, at_least)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory (checkpoints are local; nothing is downloaded)")
-    return Checkpoint(path, None, _file_entries(path), device)
+    return Checkpoint(path, None, _file_entries(path), device, at_least)
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -62,14 +66,24 @@ class Checkpoint(Mapping[str, Tensor]):
         config: the parsed ``config.json`` of a directory, or None.
     """
 
-    def __init__(self, path: Path, config: dict | None, entries: dict[str, _File], device: str | torch.device):
+    def __init__(
+        self,
+        path: Path,
+        config: dict | None,
+        entries: dict[str, _File],
+        device: str | torch.device,
+        at_least: torch.dtype | None,
+    ):
         self.path = path
         self.config = config
         self._entries = entries
         self._device = device
+        self._at_least = at_least
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._entries[name].read(name).to(self._device)
+        tensor = self._entries[name].read(name)
+        widen = self._at_least is not None and tensor.is_floating_point()
+        return tensor.to(self._device, torch.promote_types(tensor.dtype, self._at_least) if widen else tensor.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

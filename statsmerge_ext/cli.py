@@ -1,0 +1,162 @@
+"""The ``statsmerge`` command: arguments in, calls into the package, text out. It computes nothing itself."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from statsmerge_ext import __version__
+from statsmerge_ext.checkpoints import check_compatible, open_checkpoint
+from statsmerge_ext.errors import StatsMergeError
+from statsmerge_ext.methods import get_method, list_methods
+from statsmerge_ext.run import run_merge
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 2 after an error (one line on stderr), 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (StatsMergeError, OSError) as error:
+        message = str(error)
+    except Exception as error:  # A defect, or a failure deep inside torch; its traceback is for those who ask for it.
+        message = f"{type(error).__name__}: {error} (-v shows where)"
+    if options.verbose:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
+    common.add_argument("--quiet", action="store_true", help="no progress bars, no messages")
+
+    parser = argparse.ArgumentParser(prog="statsmerge", description="Merge fine-tuned models into one.")
+    parser.add_argument("--version", action="version", version=f"statsmerge {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, text: str) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, parents=[common], help=text, description=text)
+        subparser.set_defaults(command=command)
+        return subparser
+
+    merging = add("merge", _merge, "Merge checkpoints by a recipe.")
+    merging.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file")
+    merging.add_argument("out", metavar="OUT", type=Path, help="directory to make, or .safetensors/.pt file")
+    merging.add_argument("--device", default="cpu", type=_device, help="where to compute (default: cpu)")
+    merging.add_argument("--out-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    merging.add_argument(
+        "--copy-tokenizer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="copy the base's tokenizer files (default: yes)",
+    )
+    merging.add_argument("--random-seed", default=0, type=int, metavar="N", help="seed of the method (default: 0)")
+    merging.add_argument("--overwrite", action="store_true", help="replace an existing model at OUT")
+    merging.add_argument("--dry-run", action="store_true", help="check everything, say what would be written, stop")
+
+    evaluation = add("evaluate", _evaluate, "Print a model's accuracy on every task of a suite.")
+    evaluation.add_argument("suite", metavar="SUITE", help="name of a task suite, such as vision8")
+    which = evaluation.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint of the suite's architecture")
+    which.add_argument("--base", action="store_true", help="the suite's pretrained model")
+    which.add_argument("--experts", action="store_true", help="each of the suite's experts on its own task")
+    evaluation.add_argument("--split", choices=("validation", "test"), default="test", help="default: test")
+
+    demo = add("demo", _demo, "Merge the task suites by every method and write a report.")
+    demo.add_argument("suites", metavar="SUITE", nargs="*", help="default: all suites")
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="for the report (default: demo)")
+    demo.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="runs with other samples (default: 1)")
+
+    add("methods", _methods, "List the merging methods and their hyperparameters.")
+    return parser
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a device; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{name!r}: this machine or this build of torch has no CUDA device")
+    return device
+
+
+def _merge(options: argparse.Namespace) -> None:
+    report = run_merge(
+        options.recipe,
+        options.out,
+        device=options.device,
+        out_shard_size=options.out_shard_size,
+        copy_tokenizer=options.copy_tokenizer,
+        random_seed=options.random_seed,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+        progress=not options.quiet,
+    )
+    plan = report["plan"]
+    size = f"{plan['tensors']} tensors, {plan['bytes'] / 1e6:.1f} MB, {', '.join(plan['dtypes'])}"
+    if options.dry_run:
+        print(f"would write {options.out}: {size}")
+    elif not options.quiet:
+        print(f"wrote {options.out}: {size}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from statsmerge_ext.evaluation.run import evaluate_model
+    from statsmerge_ext.evaluation.suites import get_suite
+
+    suite = get_suite(options.suite)
+    suite.prepare(progress=not options.quiet)
+    model = suite.load_base()
+    accuracies = {}
+    if options.experts:
+        for task in suite.task_names:
+            model.load_state_dict(suite.load_expert(task))
+            accuracies[task] = evaluate_model(model, suite, split=options.split, tasks=[task])[task]
+    else:
+        if options.model is not None:
+            state = check_compatible(model.state_dict(), {"model": open_checkpoint(options.model)})["model"]
+            model.load_state_dict({**model.state_dict(), **state})
+        accuracies = evaluate_model(model, suite, split=options.split)
+    width = max(len(task) for task in [*accuracies, "average"])
+    average = sum(accuracies.values()) / len(accuracies)
+    for task, accuracy in [*accuracies.items(), ("average", average)]:
+        print(f"{task:{width}}  {accuracy:.4f}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from statsmerge_ext.evaluation.demo import run_demo
+    from statsmerge_ext.evaluation.suites import list_suites
+
+    run_demo(
+        options.suites or list_suites(),
+        options.out,
+        methods=options.methods,
+        seeds=options.seeds,
+        progress=not options.quiet,
+    )
+
+
+def _methods(options: argparse.Namespace) -> None:
+    for name in list_methods():
+        method = get_method(name)
+        needs = f"  (needs {', '.join(sorted(method.needs))})" if method.needs else ""
+        summary = (inspect.getdoc(method.function) or "").split("\n")[0]
+        print(f"{name}{needs}: {summary}")
+        for hyperparameter, default in method.hyperparameters.items():
+            print(f"    {hyperparameter} = {default!r}")

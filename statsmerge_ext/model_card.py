@@ -1,0 +1,67 @@
+"""The files beside the weights of a merged model: model card, recipe, coefficients and report."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+
+from statsmerge_ext.recipe import Recipe
+
+CARD = """---
+{front_matter}---
+# {title}
+
+{experts} merged into **{base}** by the method `{method}` of statsmerge_ext.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+## Recipe
+
+```yaml
+{recipe}
+```
+
+`recipe.yaml` is the same recipe as a file, `merge_report.json` says what was done{coefficients}.
+"""
+
+
+def accompanying_files(recipe: Recipe, report: dict, coefficients: dict | None) -> dict[str, str]:
+    """File name → text.
+
+    Args:
+        recipe: what was asked for.
+        report: what was done, JSON-able.
+        coefficients: {"names": layers, "tasks": experts, "values": Tensor [L, K]}, or None for methods without.
+    """
+    files = {
+        "README.md": _card(recipe, report, coefficients is not None),
+        "recipe.yaml": recipe.text,
+        "merge_report.json": json.dumps(report, indent=2) + "\n",
+    }
+    if coefficients is not None:
+        values = coefficients["values"].tolist()
+        files["coefficients.json"] = json.dumps({**coefficients, "values": values}, indent=2) + "\n"
+    return files
+
+
+def _card(recipe: Recipe, report: dict, has_coefficients: bool) -> str:
+    front_matter = {
+        "base_model": recipe.base.name,
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "statsmerge"],
+    }
+    settings = report.get("hyperparameters", recipe.hyperparameters)
+    return CARD.format(
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        title=f"{recipe.base.name} merged by {recipe.method}",
+        experts=", ".join(f"**{name}**" for name in recipe.experts),
+        base=recipe.base.name,
+        method=recipe.method,
+        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+        recipe=recipe.text.strip(),
+        coefficients=", `coefficients.json` holds the weight of each layer and expert" if has_coefficients else "",
+    )

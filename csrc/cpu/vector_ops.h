@@ -1,0 +1,13 @@
+// Dense double-precision vector operations that the kernels share.
+#pragma once
+
+#include <cstdint>
+
+#include "common/vector.h"
+
+namespace statsmerge {
+
+double dot(const double* x, const double* y, int64_t n);
+void axpy(double factor, const double* x, double* y, int64_t n);  // y += factor · x
+
+}  // namespace statsmerge

@@ -1,0 +1,42 @@
+# Everything runs in a virtual environment of its own; nothing outside it and the data cache is touched.
+PYTHON ?= python3
+VENV ?= .venv
+# The version that is tested by default; any torch from 2.11 on works.
+TORCH ?= torch==2.13.0
+SEEDS ?= 1
+OUT ?= demo-report
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench results clean
+
+demo: $(VENV)/.demo  ## merge both task suites by every method; print the tables, write the report
+	$(BIN)/statsmerge demo --seeds $(SEEDS) --out $(OUT)
+
+test: $(VENV)/.test  ## run the tests
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.test  ## run the operators' benchmarks beside their peers
+	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+
+results: $(VENV)/.demo  ## measure docs/results.md again: three seeds
+	$(BIN)/python benchmarks/results.py
+
+clean:
+	rm -rf $(VENV) build demo-report *.egg-info statsmerge_ext/_C*.so
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+# Built against the torch above, not against one that an isolated build would fetch.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test]"
+	touch $@

@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <exception>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -19,14 +21,34 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
-// Throws std::runtime_error with the message alone: STD_TORCH_CHECK would put this file's path in front of it.
+// Throws with the message alone (STD_TORCH_CHECK would put this file's path in front of it); a ValueError in Python.
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (!condition) {
     std::ostringstream message;
     (message << ... << parts);
-    throw std::runtime_error(message.str());
+    throw std::invalid_argument(message.str());
   }
+}
+
+// torch's thread pool, which loses what an exception says: here the one of the lowest index is thrown on.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::mutex mutex;
+  std::exception_ptr error;
+  int64_t error_begin = end;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    try {
+      f(first, last);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (first < error_begin) {
+        error_begin = first;
+        error = std::current_exception();
+      }
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
@@ -48,7 +70,7 @@ std::array<Tensor, Outputs> call_aten(const char* name, const char* overload, co
   std::array<StableIValue, (sizeof...(Args) > Outputs ? sizeof...(Args) : Outputs)> stack{
       torch::stable::detail::from(args)...};
   const auto error = torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION);
-  check(error == TORCH_SUCCESS, name, " failed");
+  if (error != TORCH_SUCCESS) throw std::runtime_error(std::string(name) + " failed");
   std::array<Tensor, Outputs> outputs;
   for (size_t i = 0; i < Outputs; ++i) outputs[i] = torch::stable::detail::to<Tensor>(stack[i]);
   return outputs;

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kTile = 4096;   // rows of features widened at a time
 constexpr int64_t kPanel = 128;   // columns of a large Gram per product
 constexpr int64_t kSmall = 32;    // Grams up to this size take the small kernel
-constexpr int64_t kBlock = 64;    // rows the small kernel transposes at a time
+constexpr int64_t kBlock = 256;   // rows the small kernel transposes at a time
 
 template <class Acc, class T>
 STATSMERGE_CLONES void widen_row(const T* x, int64_t stride, double factor, Acc* out, int64_t n) {
@@ -33,8 +33,10 @@ struct Matrix {
   template <class Acc>
   void load(int64_t first, int64_t n, const Acc* weight, Acc* out) const {
     dispatch_storage(storage, [&](auto* type) {
+      const auto* start = reinterpret_cast<decltype(type)>(data) + first * row_stride;
+      if (!weight && column_stride == 1 && row_stride == columns) return widen_row<Acc>(start, 1, 1.0, out, n * columns);
       for (int64_t i = 0; i < n; ++i) {
-        const auto* row = reinterpret_cast<decltype(type)>(data) + (first + i) * row_stride;
+        const auto* row = start + i * row_stride;
         widen_row<Acc>(row, column_stride, weight ? static_cast<double>(weight[first + i]) : 1.0, out + i * columns, columns);
       }
     });
@@ -60,9 +62,10 @@ void accumulate_small(const Matrix& x, const Matrix* other, const Acc* weight, i
                       int64_t gram_column) {
   Acc tile[kBlock * kSmall], left[kSmall * kBlock], right[kSmall * kBlock];
   const auto transposed = [&](const Matrix& m, int64_t first, int64_t n, const Acc* w, Acc* out) {
-    m.load<Acc>(first, n, w, tile);
+    m.load<Acc>(first, n, nullptr, tile);
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < m.columns; ++j) out[j * kBlock + i] = tile[i * m.columns + j];
+      const Acc factor = w ? w[first + i] : Acc{1};
+      for (int64_t j = 0; j < m.columns; ++j) out[j * kBlock + i] = factor * tile[i * m.columns + j];
     }
   };
   for (int64_t first = 0; first < rows; first += kBlock) {
@@ -81,7 +84,7 @@ void accumulate_small(const Matrix& x, const Matrix* other, const Acc* weight, i
 // out = out + a · b in place, for matrices of any strides.
 void addmm_(Tensor& out, const Tensor& a, const Tensor& b) {
   const auto error = aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0);
-  check(error == TORCH_SUCCESS, "aten::addmm failed");
+  if (error != TORCH_SUCCESS) throw std::runtime_error("aten::addmm failed");
 }
 
 // The same for matrices of any size: x [rows, in], other [rows, in2]; `gram` is one matrix.
@@ -94,7 +97,7 @@ void accumulate_large(Tensor gram, const Tensor& x, const Tensor* other, const A
     if (m.scalar_type() == gram.scalar_type() && !w) return rows_of_m;
     Tensor tile = new_empty(gram, {n, m.sizes()[1]}, gram.scalar_type());
     const Matrix matrix(rows_of_m, "x");
-    torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
       matrix.load<Acc>(begin, end - begin, w ? w + first : nullptr,
                        static_cast<Acc*>(tile.mutable_data_ptr()) + begin * matrix.columns);
     });
@@ -145,7 +148,7 @@ void accumulate(Tensor& gram, Tensor& x, const std::optional<Tensor>& weight, st
     }
   };
   if (small) {
-    torch::stable::parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) one(b);
     });
   } else {

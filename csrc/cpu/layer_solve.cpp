@@ -119,7 +119,7 @@ bool safely_positive_definite(const Tensor& c, int64_t n, double rcond) {
 // y [m, r] with column i divided by values[i].
 void divide_columns(const Tensor& y, const double* values) {
   const int64_t m = y.sizes()[0], r = y.sizes()[1];
-  torch::stable::parallel_for(0, m, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, m, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t j = 0; j < r; ++j) data(y)[i * r + j] /= values[j];
     }
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional
   }
   const Tensor gram = dense(to_dtype(c, ScalarType::Double));
   Tensor full = torch::stable::empty_like(gram);
-  torch::stable::parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       check(finite_lower(data(gram) + b * n * n, n), "C", batches > 1 ? "[" + std::to_string(b) + "]" : "",
             " contains NaN or Inf");
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional
     for (int64_t i = 0; i < n; ++i) data(full)[(b * n + i) * n + i] += ridge;
   }
   if (n <= kSmall) {
-    torch::stable::parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const double* matrix = data(full) + b * n * n;
         reports.set(b, solve_small(std::vector<double>(matrix, matrix + n * n), n, rcond, data(rows) + b * m * n, m));

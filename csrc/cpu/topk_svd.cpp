@@ -79,7 +79,7 @@ class Operand {
   // Calls f(part, first row, last row) for every part of the rows, in parallel.
   template <class F>
   void for_parts(const F& f) const {
-    torch::stable::parallel_for(0, parts(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, parts(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) f(p, p * rows / parts(), (p + 1) * rows / parts());
     });
   }
@@ -490,7 +490,7 @@ void for_each_matrix(const TensorList& mats, const TensorList& minus, const F& f
       one(static_cast<int64_t>(i));
     }
   }
-  torch::stable::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) one(small[i]);
   });
 }

@@ -1,6 +1,7 @@
 // weighted_merge and its gradient on the CPU: every tensor of a model in one parallel loop over chunks that fit the first
 // cache level, each element of base and task vectors read once and each result written once.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/quantized.h"
 #include "common/tensors.h"
@@ -36,16 +37,13 @@ STATSMERGE_CLONES double dot(const T* x, const U* y, int64_t n) {
 
 template <int Bits>
 STATSMERGE_CLONES void unpack(const char* data, int64_t first, int64_t n, float* out) {
-  constexpr uint64_t mask = (1u << Bits) - 1;
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const uint64_t word = load_eight_codes(data, Bits, first + i);
+  using Word = std::conditional_t<(Bits <= 4), uint32_t, uint64_t>;  // holds 8 codes
+  constexpr Word mask = (1u << Bits) - 1;
+  const char* in = data + first / 8 * Bits;
+  for (int64_t i = 0; i < n; i += 8, in += Bits) {
+    Word word = 0;
+    std::memcpy(&word, in, Bits);
     for (int j = 0; j < 8; ++j) out[i + j] = static_cast<float>((word >> (Bits * j)) & mask);
-  }
-  if (i < n) {  // the last bytes are not read past their end
-    uint64_t word = 0;
-    std::memcpy(&word, data + (first + i) / 8 * Bits, static_cast<size_t>(((n - i) * Bits + 7) / 8));
-    for (int j = 0; i + j < n; ++j) out[i + j] = static_cast<float>((word >> (Bits * j)) & mask);
   }
 }
 
@@ -53,7 +51,8 @@ STATSMERGE_CLONES void scale_codes(float* x, int64_t n, float zero_point, float 
   for (int64_t i = 0; i < n; ++i) x[i] = scale * (x[i] - zero_point);
 }
 
-// Elements first .. first + n of a quantised task vector as floats; `first` is a multiple of kChunk.
+// Elements first .. first + n of a quantised task vector as floats; `first` is a multiple of kChunk. Codes and `out` are
+// padded to a multiple of 8 elements.
 void dequantize(const TaskVector& t, int64_t first, int64_t n, float* out) {
   switch (t.bits) {
     case 2:
@@ -156,7 +155,7 @@ TensorList weighted_merge(TensorList base, TensorList task_vectors, TensorList s
     out.push_back(torch::stable::empty_like(b));
   }
   const Chunks chunks(base);
-  torch::stable::parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t l = chunks.layer_of(c);
       const int64_t first = (c - chunks.start[l]) * kChunk;
@@ -178,7 +177,7 @@ Tensor weighted_merge_grad(TensorList grads, TensorList task_vectors, TensorList
   for (Tensor& g : grads) g = dense(g);
   const Chunks chunks(grads);
   std::vector<double> partial(static_cast<size_t>(chunks.count() * tasks));
-  torch::stable::parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
     float buffer[kChunk];
     for (int64_t c = begin; c < end; ++c) {
       const int64_t l = chunks.layer_of(c);

@@ -58,8 +58,7 @@ def layer_solve(
     Returns: LayerSolution, T of D's dtype.
 
     Raises:
-        TypeError, ValueError: arguments that don't fit each other.
-        RuntimeError: C contains NaN or Inf.
+        TypeError, ValueError: arguments that don't fit each other; C contains NaN or Inf.
     """
     matrix = as_tensor(C, "C").detach()
     check_dtype(matrix, "C", ACCUMULATOR_DTYPES)
@@ -139,8 +138,7 @@ def layer_solve_features(
     Returns: LayerSolution; `condition` is that of the Gram matrix XᵀX, comparable with `layer_solve`'s.
 
     Raises:
-        TypeError, ValueError: arguments that don't fit each other.
-        RuntimeError: a feature is NaN or Inf.
+        TypeError, ValueError: arguments that don't fit each other; a feature is NaN or Inf.
     """
     features = [x.detach() for x in as_list(xs, "xs")]
     solutions = [t.detach() for t in as_list(ts, "ts")]

@@ -57,8 +57,7 @@ def topk_svd(
     Returns: TopKSVD; float64 for float64 matrices, else float32.
 
     Raises:
-        TypeError, ValueError: arguments that don't fit each other.
-        RuntimeError: a matrix contains NaN or Inf; the message tells which.
+        TypeError, ValueError: arguments that don't fit each other; a matrix contains NaN or Inf; the message tells which.
     """
     batched = not isinstance(mats, (list, tuple))
     if batched and as_tensor(mats, "mats").dim() != 3:
@@ -131,8 +130,7 @@ def weight_statistics(mats: Any, r: int = 3, *, minus: Any = None) -> Any:
     Returns: [L, 3 + r], float64.
 
     Raises:
-        TypeError, ValueError: arguments that don't fit each other.
-        RuntimeError: a tensor contains NaN or Inf; the message tells which.
+        TypeError, ValueError: arguments that don't fit each other; a tensor contains NaN or Inf; the message tells which.
     """
     tensors = [mat.detach() for mat in as_list(mats, "mats")]
     subtrahends = _subtrahends(minus, tensors)
@@ -164,7 +162,7 @@ def topk_svd_reference(mats: list[Tensor], k: int, *, minus: list[Tensor] | None
     for i, mat in enumerate(mats):
         operand = mat if not minus else mat.to(_result_dtype(mat)) - minus[i].to(_result_dtype(mat))
         if not bool(torch.isfinite(operand).all()):
-            raise RuntimeError(f"mats[{i}]{f' - minus[{i}]' if minus else ''} contains NaN or Inf")
+            raise ValueError(f"mats[{i}]{f' - minus[{i}]' if minus else ''} contains NaN or Inf")
         u, s, vh = torch.linalg.svd(operand.double(), full_matrices=False)
         bound = (max(mat.shape) * torch.finfo(s.dtype).eps * s[:1]).expand(k)
         for column, value in zip(columns, (s[:k], u[:, :k], vh[:k], bound)):

@@ -29,14 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (StatsMergeError, OSError) as error:
+    except Exception as error:
+        if options.verbose:
+            traceback.print_exc()
         message = str(error)
-    except Exception as error:  # A defect, or a failure deep inside torch; its traceback is for those who ask for it.
-        message = f"{type(error).__name__}: {error} (-v shows where)"
-    if options.verbose:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    return EXIT_ERROR
+        if not isinstance(error, (StatsMergeError, OSError)):  # A defect, here or in a library.
+            message = f"{type(error).__name__}: {error} (-v shows where)"
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,22 +117,20 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from statsmerge_ext.evaluation.run import evaluate_model
+    from statsmerge_ext.evaluation.run import evaluate_experts, evaluate_model
     from statsmerge_ext.evaluation.suites import get_suite
 
+    progress = not options.quiet
     suite = get_suite(options.suite)
-    suite.prepare(progress=not options.quiet)
-    model = suite.load_base()
-    accuracies = {}
+    suite.prepare(progress=progress)
     if options.experts:
-        for task in suite.task_names:
-            model.load_state_dict(suite.load_expert(task))
-            accuracies[task] = evaluate_model(model, suite, split=options.split, tasks=[task])[task]
+        accuracies = evaluate_experts(suite, options.split, progress)
     else:
+        model = suite.load_base()
         if options.model is not None:
             state = check_compatible(model.state_dict(), {"model": open_checkpoint(options.model)})["model"]
             model.load_state_dict({**model.state_dict(), **state})
-        accuracies = evaluate_model(model, suite, split=options.split)
+        accuracies = evaluate_model(model, suite, options.split, progress)
     width = max(len(task) for task in [*accuracies, "average"])
     average = sum(accuracies.values()) / len(accuracies)
     for task, accuracy in [*accuracies.items(), ("average", average)]:
@@ -156,7 +154,7 @@ def _methods(options: argparse.Namespace) -> None:
     for name in list_methods():
         method = get_method(name)
         needs = f"  (needs {', '.join(sorted(method.needs))})" if method.needs else ""
-        summary = (inspect.getdoc(method.function) or "").split("\n")[0]
+        summary = (inspect.getdoc(inspect.getmodule(method.function)) or "").split("\n")[0]
         print(f"{name}{needs}: {summary}")
         for hyperparameter, default in method.hyperparameters.items():
             print(f"    {hyperparameter} = {default!r}")

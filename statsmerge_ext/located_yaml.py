@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Iterable, Sequence
 
 import yaml
 
@@ -77,21 +79,12 @@ class LocatedYaml:
             raise self.error(keys, f"expected an integer of at least 1, got {_describe(value)}")
         return value
 
-    def like(self, value: object, example: object, keys: Keys) -> object:
-        """`value`, checked to be of the type of `example`; any type where that is no number, text or truth value."""
-        if isinstance(example, bool):
-            fits, expected = isinstance(value, bool), "true or false"
-        elif isinstance(example, int):
-            fits, expected = type(value) is int, "an integer"
-        elif isinstance(example, float):
-            fits, expected = type(value) in (int, float), "a number"
-        elif isinstance(example, str):
-            fits, expected = isinstance(value, str), "a text"
-        else:
-            return value
-        if not fits:
+    def of_type(self, value: object, hint: object, keys: Keys) -> object:
+        """`value`, checked to be of the annotated type `hint`."""
+        if not _fits(value, hint):
+            expected = getattr(hint, "__name__", None) or str(hint).replace("collections.abc.", "")
             raise self.error(keys, f"expected {expected}, got {_describe(value)}")
-        return float(value) if isinstance(example, float) else value
+        return value
 
     def _mark(self, keys: Keys) -> yaml.Mark | None:
         node, mark = self._root, self._root.start_mark if self._root else None
@@ -121,6 +114,24 @@ class LocatedYaml:
                     raise RecipeError(f"{self.name}:{mark.line + 1}:{mark.column + 1}: {key.value}: appears twice")
                 keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
             self._refuse_duplicates(item, seen)
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether `value`, as YAML gives it, can stand for an argument annotated with `hint`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is types.NoneType:
+        return value is None
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, bool, str):
+        return type(value) is hint
+    if origin in (Sequence, list, tuple):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    return True  # No annotation, or one that YAML has no form for: the method itself has to check.
 
 
 def _describe(value: object) -> str:

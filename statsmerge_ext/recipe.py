@@ -6,6 +6,7 @@ Whatever a recipe says has an effect or is refused; docs/recipe.md describes the
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,7 +247,7 @@ def _per_model(
             raise document.error(
                 keys, f"expected a number (gradients and filters are not supported yet), got {value!r}"
             )
-        values.append(_checked_value(document, method, name, value, keys))
+        values.append(value)
     if name == "weights":
         return values
     if len(set(values)) > 1:
@@ -258,7 +259,7 @@ def _per_model(
 def _checked_value(document: LocatedYaml, method: Method, name: str, value: object, keys: Keys) -> object:
     if isinstance(value, dict):
         raise document.error(keys, "filters are not supported yet; expected a plain value")
-    return document.like(value, method.hyperparameters[name], keys)
+    return document.of_type(value, typing.get_type_hints(method.function).get(name), keys)
 
 
 def _read_dtype(document: LocatedYaml, content: dict[str, object]) -> torch.dtype | None:
@@ -313,5 +314,5 @@ def _read_calibration(
         if key in calibration
     }
     if "seed" in calibration:
-        options["seed"] = document.like(calibration["seed"], 0, ("calibration", "seed"))
+        options["seed"] = document.of_type(calibration["seed"], int, ("calibration", "seed"))
     return CalibrationSource(files, **options)

@@ -65,8 +65,8 @@ def run_merge(
         recipe = load_recipe(recipe)
     out = Path(out_path)
     parse_size(out_shard_size)
-    check_output(out, overwrite)
     _refuse_inputs(out, recipe)
+    check_output(out, overwrite)
     base = open_checkpoint(recipe.base, device, at_least=recipe.out_dtype)
     experts = {name: open_checkpoint(path, device) for name, path in recipe.experts.items()}
     check_compatible(base, experts)

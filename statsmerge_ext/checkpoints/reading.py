@@ -217,7 +217,7 @@ def _load_pickle(path: Path) -> object:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        reason = "it holds Python objects or code besides tensors, and running code from a checkpoint is refused"
+        reason = "it is damaged, or holds Python objects or code besides tensors, which is refused"
         raise CheckpointError(f"{path}: {reason}; save a plain state dict or safetensors instead") from error
     except Exception as error:  # On damaged bytes the unpickler fails in any way there is: KeyError, IndexError, …
         reason = (str(error).splitlines() or [""])[0].split(". ")[0]

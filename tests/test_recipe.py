@@ -1,0 +1,230 @@
+"""Recipes: what is accepted, and that everything else is refused with file, line and the nearest known key."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from statsmerge_ext.errors import RecipeError
+from statsmerge_ext.recipe import load_recipe, parse_recipe
+
+BASE = """\
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: a
+  - model: b
+"""
+LOT = """\
+merge_method: lot
+base_model: base
+models:
+  - model: a
+  - model: b
+calibration:
+  data: texts.txt
+"""
+
+
+def refusal(text):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, name="r.yaml")
+    return str(caught.value)
+
+
+def test_smallest_recipe():
+    recipe = parse_recipe(BASE)
+    assert (recipe.method, recipe.base) == ("task_arithmetic", Path("base"))
+    assert dict(recipe.experts) == {"a": Path("a"), "b": Path("b")}
+    assert recipe.hyperparameters == {}
+    assert recipe.out_dtype is recipe.calibration is None
+    assert not recipe.needs_data
+
+
+def test_paths_are_relative_to_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        BASE.replace("model: a", "model: ../other/a").replace("- model: b", "- model: /abs/b")
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.base == tmp_path / "base"
+    assert dict(recipe.experts) == {"a": tmp_path.parent / "other" / "a", "b": Path("/abs/b")}
+    assert recipe.text == (tmp_path / "r.yaml").read_text()
+
+
+def test_weights_a_model_are_the_coefficients_as_in_mergekit():
+    recipe = parse_recipe(
+        """
+        merge_method: task_arithmetic
+        base_model: base
+        models:
+          - model: base
+          - {model: a, parameters: {weight: 0.5}}
+          - {model: b, parameters: {weight: 1e-3}}
+        dtype: float32
+        out_dtype: bfloat16
+        tokenizer_source: base
+        """
+    )
+    assert recipe.hyperparameters == {"weights": [0.5, 0.001], "scaling_factor": 1.0}
+    assert recipe.out_dtype is torch.bfloat16
+    assert list(recipe.experts) == ["a", "b"]
+
+
+def test_lambda_and_shared_weights():
+    recipe = parse_recipe(BASE + "parameters: {lambda: 0.7, weight: 0.5}\n")
+    assert recipe.hyperparameters == {"scaling_factor": 0.7, "weights": 0.5}
+    recipe = parse_recipe(
+        BASE.replace("model: a", "{model: a, parameters: {weight: 2}}") + "parameters: {weight: 0.5}\n"
+    )
+    assert recipe.hyperparameters == {"weights": [2, 0.5], "scaling_factor": 1.0}
+
+
+def test_one_value_for_a_hyperparameter_that_is_not_a_list():
+    text = """
+        merge_method: ties
+        base_model: base
+        models:
+          - {model: a, parameters: {density: 0.5, weight: 1}}
+          - {model: b, parameters: {density: %s, weight: 2}}
+        """
+    assert parse_recipe(text % 0.5).hyperparameters["density"] == 0.5
+    assert "takes one 'density' for all models, got [0.5, 0.7]" in refusal(text % 0.7)
+
+
+def test_linear_needs_no_base_and_counts_it_where_it_is_a_model():
+    recipe = parse_recipe("merge_method: linear\nmodels: [{model: a}, {model: b}]\n")
+    assert recipe.base == Path("a")
+    assert list(recipe.experts) == ["a", "b"]
+    recipe = parse_recipe("merge_method: linear\nbase_model: a\nmodels: [{model: a}, {model: b}]\n")
+    assert list(recipe.experts) == ["a", "b"]
+
+
+def test_calibration():
+    recipe = parse_recipe(LOT + "  samples: 16\n  batch_size: 4\n  max_length: 32\n  seed: 5\n", directory="/d")
+    assert recipe.needs_data
+    source = recipe.calibration
+    assert dict(source.data) == {"a": Path("/d/texts.txt"), "b": Path("/d/texts.txt")}
+    assert (source.samples, source.batch_size, source.max_length, source.seed) == (16, 4, 32, 5)
+    recipe = parse_recipe(LOT.replace("texts.txt", "{b: b.txt, a: a.txt}"))
+    assert dict(recipe.calibration.data) == {"a": Path("a.txt"), "b": Path("b.txt")}
+
+
+def test_buffers_can_need_data_too():
+    data = "calibration: {data: x.txt}\n"
+    assert parse_recipe(BASE + "buffers: reestimate\n" + data).needs_data
+    assert "calibration: missing" in refusal(BASE + "buffers: reestimate\n")
+    assert "would have no effect: method 'task_arithmetic' looks at no data" in refusal(BASE + data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BASE.replace("base_model", "base_modle"), "r.yaml:2:1: base_modle: unknown key (did you mean 'base_model'?)"),
+        (BASE + "slices: []\n", "r.yaml:6:1: slices: is not supported yet"),
+        (BASE.replace("model: a", "modle: a"), "r.yaml:4:5: models[0].modle: unknown key (did you mean 'model'?)"),
+        (
+            BASE + "parameters:\n  scalling_factor: 0.3\n",
+            "r.yaml:7:3: parameters.scalling_factor: method 'task_arithmetic' has no hyperparameter "
+            "'scalling_factor' (did you mean 'scaling_factor'?)",
+        ),
+        (
+            BASE.replace("- model: a", "- model: a\n    parameters:\n      wieght: 1"),
+            "r.yaml:6:7: models[0].parameters.wieght: method 'task_arithmetic' has no hyperparameter 'wieght' "
+            "(did you mean 'weight'?)",
+        ),
+        (LOT + "  sample: 3\n", "r.yaml:8:3: calibration.sample: unknown key (did you mean 'samples'?)"),
+        (
+            LOT.replace("texts.txt", "{a: x, bb: x}"),
+            "r.yaml:7:16: calibration.data.bb: unknown key (did you mean 'b'?)",
+        ),
+        (
+            BASE.replace("task_arithmetic", "task_aritmetic"),
+            "r.yaml:1:1: merge_method: unknown method 'task_aritmetic'",
+        ),
+    ],
+)
+def test_typos_are_refused_with_line_and_nearest_key(text, message):
+    assert refusal(text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "r.yaml: expected a mapping (key: value), got nothing"),
+        ("- a\n", "r.yaml:1:1: expected a mapping (key: value), got a list"),
+        ("merge_method: [x\n", "r.yaml:2:1: is not YAML: "),
+        ("a: !!python/object/apply:os.system [x]\n", "r.yaml:1:4: is not YAML: "),
+        (BASE + "models: []\n", "r.yaml:6:1: models: appears twice"),
+        (BASE + "3: x\n", "r.yaml:1:1: expected texts for keys, got 3"),
+        ("base_model: x\n", "r.yaml:1:1: merge_method: missing"),
+        ("merge_method: lot\nbase_model: x\n", "r.yaml:1:1: models: expected a list of at least one expert"),
+        (
+            "merge_method: lot\nbase_model: x\nmodels: []\n",
+            "r.yaml:3:1: models: expected a list of at least one expert",
+        ),
+        ("merge_method: ties\nbase_model: x\nmodels: [{model: x}]\n", "r.yaml:3:1: models: holds no expert besides"),
+        (BASE.replace("base_model: base\n", ""), "r.yaml:1:1: base_model: missing; method 'task_arithmetic'"),
+        (BASE.replace("base_model: base", "base_model: 3"), "r.yaml:2:1: base_model: expected a text, got 3"),
+        (BASE.replace("model: b", "model: ./a"), "r.yaml:5:5: models[1]: the same model as models[0]"),
+        (BASE.replace("model: b", "model: other/a"), "r.yaml:5:5: models[1]: has the same name 'a' as models[0]"),
+        (BASE.replace("- model: a", "- a"), "r.yaml:4:5: models[0]: expected a mapping"),
+        (BASE.replace("- model: a", "- name: a"), "r.yaml:4:5: models[0]: model: missing"),
+        (
+            BASE.replace("model: a", "{model: base, parameters: {weight: 1}}"),
+            "r.yaml:4:5: models[0]: is the base_model; it cannot be an expert of itself",
+        ),
+        (BASE + "dtype: float8\n", "r.yaml:6:1: dtype: got 'float8', expected one of float64, float32"),
+        (BASE + "buffers: drop\n", "r.yaml:6:1: buffers: got 'drop', expected one of average, reestimate"),
+        (BASE + "tokenizer_source: union\n", "r.yaml:6:1: tokenizer_source: only 'base' is supported yet"),
+        (BASE + "tokenizer: {source: a}\n", "r.yaml:6:13: tokenizer.source: only 'base' is supported yet"),
+        (
+            BASE + "parameters: {scaling_factor: big}\n",
+            "r.yaml:6:14: parameters.scaling_factor: expected float, got 'big'",
+        ),
+        (
+            BASE + "parameters: {scaling_factor: true}\n",
+            "r.yaml:6:14: parameters.scaling_factor: expected float, got True",
+        ),
+        (BASE + "parameters: {weights: [1, x]}\n", "r.yaml:6:14: parameters.weights: expected float | Sequence[float]"),
+        (BASE + "parameters: {weight: 1, weights: 2}\n", "r.yaml:6:25: parameters.weights: 'weights' is given twice"),
+        (BASE + "parameters: {lambda: {value: 1}}\n", "r.yaml:6:14: parameters.lambda: filters are not supported yet"),
+        (BASE + "parameters: 3\n", "r.yaml:6:1: parameters: expected a mapping"),
+        (
+            BASE.replace("model: a", "{model: a, parameters: {weight: [0, 1]}}"),
+            "r.yaml:4:29: models[0].parameters.weight: expected a number (gradients and filters",
+        ),
+        (
+            BASE.replace("model: a", "{model: a, parameters: {weight: 1}}"),
+            "r.yaml:5:5: models[1]: parameters.weight: missing; other models have it",
+        ),
+        (LOT + "  samples: 0\n", "r.yaml:8:3: calibration.samples: expected an integer of at least 1, got 0"),
+        (LOT + "  batch_size: 2.5\n", "r.yaml:8:3: calibration.batch_size: expected an integer of at least 1, got 2.5"),
+        (LOT + "  seed: x\n", "r.yaml:8:3: calibration.seed: expected int, got 'x'"),
+        (LOT.replace("texts.txt", "{a: x}"), "r.yaml:7:3: calibration.data: no samples for the experts b"),
+        (LOT.replace("data: texts.txt", "samples: 3"), "r.yaml:6:1: calibration: data: missing"),
+        (LOT[: LOT.index("calibration")], "r.yaml:1:1: calibration: missing; method 'lot' needs unlabelled samples"),
+    ],
+)
+def test_malformed_recipes_are_refused(text, message):
+    assert refusal(text).startswith(message)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="none.yaml: cannot be read: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(RecipeError, match="r.yaml: is not a text file"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_hyperparameters_are_checked_against_annotations():
+    from statsmerge_ext.located_yaml import _fits
+
+    assert isinstance(float | None, types.UnionType)
+    assert _fits(None, float | None) and _fits(1, float | None) and not _fits("x", float | None)
+    assert _fits(True, bool) and not _fits(1, bool) and not _fits(True, int)
+    assert _fits([1, 2.5], list[float]) and not _fits([1, "x"], list[float]) and not _fits(1, list[float])
+    assert _fits({}, dict) and _fits("x", None)

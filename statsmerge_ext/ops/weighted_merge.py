@@ -70,17 +70,17 @@ def _flatten(task_vectors: Any, base: list[Tensor]) -> _Flat:
             name = f"task_vectors[{k}][{l}]"
             if isinstance(value, QuantizedTensor):
                 tensor, scale, zero_point = value.codes, value.scale, value.zero_point
-                bits, group_size = value.bits, value.group_size
+                bits, group_size, shape = value.bits, value.group_size, value.shape
                 check_device(scale, f"{name}.scale", base[l].device)
                 check_device(zero_point, f"{name}.zero_point", base[l].device)
             else:
                 tensor = as_tensor(value, name)
                 check_dtype(tensor, name)
                 scale = zero_point = tensor.new_empty(0)
-                bits = group_size = 0
+                bits, group_size, shape = 0, 0, tensor.shape
             check_device(tensor, name, base[l].device)
-            if value.shape != base[l].shape:
-                fail(name, f"shape {list(base[l].shape)} as of base[{l}]", list(value.shape))
+            if shape != base[l].shape:
+                fail(name, f"shape {list(base[l].shape)} as of base[{l}]", list(shape))
             for column, item in zip(flat, (tensor, scale, zero_point, bits, group_size)):
                 column.append(item)
     return flat if any(flat.bits) else _Flat(flat.tensors, [], [], [], [])

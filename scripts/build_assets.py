@@ -1,0 +1,121 @@
+"""Rebuild the task suites' experts from scratch: fetch the data, fine-tune, quantise, evaluate, note where it comes from.
+
+    python scripts/build_assets.py [--suite vision8] [--task mnist] [--threads 2]
+
+Each expert takes one to three minutes on one core. Which hyperparameters the methods use on a suite is chosen afterwards, by
+scripts/choose_hyperparameters.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import statsmerge_ext
+from statsmerge_ext.evaluation.run import evaluate_task
+from statsmerge_ext.evaluation.suites import Suite, get_suite, list_suites
+from statsmerge_ext.evaluation.suites.assets import write_expert
+
+SEED = 0
+
+
+def fine_tune(suite: Suite, name: str) -> nn.Module:
+    """The base, fine-tuned on one task through its frozen head; BatchNorm keeps the base's statistics."""
+    settings, task = suite.definition.training, suite.task(name)
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    model = suite.load_base()
+    model.train(settings.dropout)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(not key.startswith(settings.frozen))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ((inputs, labels),) = task.batches("train", batch_size=10**9)
+    steps = len(labels) // settings.batch_size
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, total_steps=settings.epochs * steps, pct_start=0.1
+    )
+    for _ in tqdm(range(settings.epochs), desc=f"{suite.name}/{name}", unit="epoch"):
+        for rows in torch.randperm(len(labels), generator=generator).split(settings.batch_size)[:steps]:
+            batch = {k: v[rows] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[rows]
+            if settings.augment is not None:
+                batch = settings.augment(batch, generator)
+            loss = F.cross_entropy(task.head(suite.forward(model, batch)), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def build(suite: Suite, name: str) -> dict:
+    """Make and store one expert; returns its facts for the provenance file."""
+    base = suite.load_base()
+    before = evaluate_task(base, suite, name)
+    start = time.perf_counter()
+    model = fine_tune(suite, name)
+    seconds = time.perf_counter() - start
+    trained = evaluate_task(model, suite, name)
+    path = suite.expert_path(name)
+    write_expert(path, base.state_dict(), model.state_dict(), suite.definition.training.step)
+    model.load_state_dict(suite.load_expert(name))
+    return {
+        "data": suite.task(name).data_fingerprint,
+        "accuracy": {
+            "base": before,
+            "expert before quantisation": trained,
+            "expert": evaluate_task(model, suite, name),
+            "expert on validation": evaluate_task(model, suite, name, "validation"),
+        },
+        "bytes": path.stat().st_size,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", action="append", choices=list_suites(), help="default: all")
+    parser.add_argument("--task", action="append", help="default: all of the suite")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for suite_name in options.suite or list_suites():
+        suite = get_suite(suite_name)
+        for note in suite.prepare():
+            print(note)
+        file = suite.assets / "provenance.json"
+        facts = suite.provenance
+        settings = suite.definition.training
+        facts["versions"] = {
+            "statsmerge_ext": statsmerge_ext.__version__, "torch": torch.__version__, "numpy": np.__version__
+        }
+        facts["training"] = {
+            **{key: value for key, value in vars(settings).items() if key != "augment"},
+            "augment": settings.augment.__name__ if settings.augment else None,
+            "seed": SEED,
+        }
+        facts.setdefault("tasks", {})
+        for name in options.task or suite.task_names:
+            facts["tasks"][name] = build(suite, name)
+            print(name, json.dumps(facts["tasks"][name]["accuracy"]), flush=True)
+            write_json(file, facts)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Letters drawn from fonts, split by font: an image data set for the price of a few font files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .packages import Package, PackageStore
+from .splits import Dataset, Examples
+
+SIDE = 64  # pixels
+THAI_FAMILIES = (
+    "garuda kinnari laksaman loma mono norasi purisa sawasdee typewriter typist typo umpush waree".split()
+)
+THAI = Package("deb", tuple(f"fonts-tlwg-{family}-ttf" for family in THAI_FAMILIES))
+LETTERS = Package("deb", ("fonts-aenigma",))
+
+# The consonants ko kai to ho nokhuk without the vowel signs ru and lu that stand between them.
+THAI_LETTERS = tuple(chr(code) for code in range(0x0E01, 0x0E2F) if code not in (0x0E24, 0x0E26))
+LATIN_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def draw(font: ImageFont.FreeTypeFont, letter: str) -> np.ndarray | None:
+    """uint8 [SIDE, SIDE], black on white, the letter scaled to 44 pixels and centred; None when the font draws nothing."""
+    left, top, right, bottom = font.getbbox(letter)
+    width, height = right - left, bottom - top
+    if width <= 0 or height <= 0:
+        return None
+    image = Image.new("L", (width, height), 255)
+    ImageDraw.Draw(image).text((-left, -top), letter, font=font, fill=0)
+    scale = 44 / max(width, height)
+    image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR)
+    canvas = Image.new("L", (SIDE, SIDE), 255)
+    canvas.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    return np.asarray(canvas)
+
+
+def draw_fonts(paths: list[Path], letters: tuple[str, ...], families: list[str]) -> Examples:
+    """One image a font and letter. Fonts that miss a letter or draw two letters alike (symbol fonts) are left out."""
+    images, labels, groups = [], [], []
+    for path, family in zip(paths, families, strict=True):
+        try:
+            font = ImageFont.truetype(str(path), 64)
+            drawn = [draw(font, letter) for letter in letters]
+        except OSError:  # a few of the decorative fonts are damaged
+            continue
+        if any(image is None for image in drawn) or len({image.tobytes() for image in drawn}) < len(letters):
+            continue
+        images += drawn
+        labels += range(len(letters))
+        groups += [family] * len(letters)
+    return Examples(np.stack(images), np.array(labels), letters, np.array(groups))
+
+
+def load_thai(store: PackageStore) -> Examples:
+    """The 44 Thai consonants in 13 font families, each with its bold and slanted faces; a family is a group."""
+    paths = sorted(store.path(THAI).rglob("*.ttf"))
+    return draw_fonts(paths, THAI_LETTERS, [path.stem.split("-")[0] for path in paths])
+
+
+def load_letters(store: PackageStore) -> Examples:
+    """The capitals A to Z in about 450 decorative fonts; fonts whose file names begin alike are a group."""
+    paths = sorted(store.path(LETTERS).rglob("*.ttf"))
+    return draw_fonts(paths, LATIN_LETTERS, [re.sub(r"\W", "", path.stem.lower())[:5] for path in paths])
+
+
+thai = Dataset("thai", (THAI,), load_thai)
+letters = Dataset("letters", (LETTERS,), load_letters)

@@ -1,0 +1,47 @@
+"""Accuracy of a model on a suite's tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from statsmerge_ext.evaluation.suites import Suite
+
+
+def evaluate_model(model: nn.Module, suite: Suite, split: str = "test", progress: bool = False) -> dict[str, float]:
+    """Accuracy of ``model`` with each task's own head, for every task of ``suite``.
+
+    Args:
+        model: a model that ``suite.forward`` can run; put in eval mode for the while.
+        suite: a prepared suite.
+        split: "validation" or "test".
+        progress: show a progress bar over the tasks.
+    """
+    names = tqdm(suite.task_names, desc=f"Evaluating {suite.name}", unit="task", disable=not progress, leave=False)
+    return {name: evaluate_task(model, suite, name, split) for name in names}
+
+
+def evaluate_task(model: nn.Module, suite: Suite, name: str, split: str = "test") -> float:
+    """Accuracy of ``model`` on one task of ``suite``, in [0, 1]."""
+    task = suite.task(name)
+    right = total = 0
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch, labels in task.batches(split):
+            predicted = task.head(suite.forward(model, batch)).argmax(-1)
+            right += int((predicted == labels).sum())
+            total += len(labels)
+    model.train(training)
+    return right / total
+
+
+def evaluate_experts(suite: Suite, split: str = "test", progress: bool = False) -> dict[str, float]:
+    """Accuracy of each task's expert on its own task."""
+    model = suite.load_base()
+    accuracies = {}
+    for name in tqdm(suite.task_names, desc=f"Experts of {suite.name}", unit="task", disable=not progress, leave=False):
+        model.load_state_dict(suite.load_expert(name))
+        accuracies[name] = evaluate_task(model, suite, name, split)
+    return accuracies

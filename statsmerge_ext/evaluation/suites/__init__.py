@@ -1,0 +1,20 @@
+"""Task suites: a pretrained base, tasks with fixed heads, and an expert for each.
+
+A suite is defined in one file (see vision8.py) and registered under its name.
+"""
+
+from statsmerge_ext.evaluation.suites.definition import SuiteDefinition, TrainingSettings
+from statsmerge_ext.evaluation.suites.suite import Suite, Task, get_suite, list_suites, register_suite
+from statsmerge_ext.evaluation.suites.vision8 import vision8
+
+register_suite(vision8)
+
+__all__ = [
+    "Suite",
+    "SuiteDefinition",
+    "Task",
+    "TrainingSettings",
+    "get_suite",
+    "list_suites",
+    "register_suite",
+]

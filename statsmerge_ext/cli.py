@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", _demo, "Merge the task suites by every method and write a report.")
     demo.add_argument("suites", metavar="SUITE", nargs="*", help="default: all suites")
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="for the report (default: demo)")
+    demo.add_argument("--out", type=Path, default=Path("demo-report"), metavar="DIR", help="default: demo-report")
     demo.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="runs with other samples (default: 1)")
 

@@ -169,6 +169,15 @@ def test_dtype_of_the_output(models):
     assert json.loads((models / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_narrow_base_is_run_in_float32_and_written_as_it_was(models):
+    narrow = {name: tensor.bfloat16() for name, tensor in open_checkpoint(models / "base").items()}
+    save_file(narrow, models / "base" / "model.safetensors")
+    assert merge(models, method="lot", calibration={"data": "texts.txt"}) == 0
+    (merged,) = states(models, "out")
+    assert {merged.dtype(name) for name in merged} == {torch.bfloat16}
+    assert any(not torch.equal(merged[name], narrow[name]) for name in narrow)
+
+
 def test_a_wider_output_keeps_what_a_narrow_base_would_round_off(models):
     narrow = {name: tensor.bfloat16() for name, tensor in open_checkpoint(models / "base").items()}
     save_file(narrow, models / "base" / "model.safetensors")
@@ -369,6 +378,71 @@ def test_methods_are_listed(capsys):
     output = capsys.readouterr().out
     assert all(f"\n{name}" in f"\n{output}" for name in list_methods())
     assert "scaling_factor = 1.2" in output
+
+
+class TinySuite:
+    """A suite of two tasks on the inputs -2, -1, 1, 2; its models are one weight and the heads tell signs."""
+
+    name = "tiny"
+    task_names = ("positive", "negative")
+
+    def prepare(self, progress):
+        return []
+
+    def load_base(self):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        return model
+
+    def load_expert(self, task):
+        return {"weight": torch.ones(1, 1) if task == "positive" else -torch.ones(1, 1)}
+
+    def forward(self, model, batch):
+        return model(batch)
+
+    def task(self, name):
+        inputs = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
+        labels = (inputs > 0 if name == "positive" else inputs < 0).long().flatten()
+        return SimpleNamespace(batches=lambda split: [(inputs, labels)], head=lambda x: torch.cat([-x, x], 1))
+
+
+@pytest.mark.parametrize(
+    ("which", "positive", "negative", "average"),
+    [("--base", 1, 0, 0.5), ("--experts", 1, 1, 1), ("--model", 0, 1, 0.5)],
+)
+def test_evaluate(tmp_path, monkeypatch, capsys, which, positive, negative, average):
+    monkeypatch.setattr("statsmerge_ext.evaluation.suites.get_suite", lambda name: TinySuite())
+    save_file({"weight": -torch.ones(1, 1)}, tmp_path / "m.safetensors")
+    model = [str(tmp_path / "m.safetensors")] if which == "--model" else []
+    assert main(["evaluate", "tiny", which, *model, "--quiet"]) == 0
+    rows = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert {name: float(value) for name, value in rows.items()} == {
+        "positive": positive,
+        "negative": negative,
+        "average": average,
+    }
+
+
+def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("statsmerge_ext.evaluation.suites.get_suite", lambda name: TinySuite())
+    save_file({"weight": torch.ones(2, 1)}, tmp_path / "m.safetensors")
+    assert main(["evaluate", "tiny", "--model", str(tmp_path / "m.safetensors"), "--quiet"]) == 2
+    assert "m.safetensors): tensor 'weight' has shape [2, 1], expected [1, 1]" in capsys.readouterr().err
+
+
+def test_unknown_suite(capsys):
+    assert main(["evaluate", "vision9", "--base", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "vision9" in error
+
+
+def test_demo_passes_its_options_on(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "statsmerge_ext.evaluation.demo.run_demo", lambda *given, **options: calls.append((given, options))
+    )
+    assert main(["demo", "tiny", "--out", str(tmp_path), "--methods", "lot", "linear", "--seeds", "3", "--quiet"]) == 0
+    assert calls == [((["tiny"], tmp_path), {"methods": ["lot", "linear"], "seeds": 3, "progress": False})]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,11 @@ void check(bool condition, const Parts&... parts) {
   }
 }
 
+// "name[index]", as the messages call one of several matrices.
+inline std::string indexed(std::string name, int64_t index) {
+  return name.append("[").append(std::to_string(index)).append("]");
+}
+
 // torch's thread pool, which loses what an exception says: here the one of the lowest index is thrown on.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {

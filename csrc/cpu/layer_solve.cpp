@@ -170,8 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional
   Tensor full = torch::stable::empty_like(gram);
   parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      check(finite_lower(data(gram) + b * n * n, n), "C", batches > 1 ? "[" + std::to_string(b) + "]" : "",
-            " contains NaN or Inf");
+      check(finite_lower(data(gram) + b * n * n, n), batches > 1 ? indexed("C", b) : "C", " contains NaN or Inf");
       mirror(data(gram) + b * n * n, n, 0.0, data(full) + b * n * n);
     }
   });

@@ -99,8 +99,7 @@ class Operand {
     });
     double all = 0;
     for (double value : largest) {
-      check(std::isfinite(value), "mats[", index, "]", minus_ ? " - minus[" + std::to_string(index) + "]" : "",
-            " contains NaN or Inf");
+      check(std::isfinite(value), indexed("mats", index), minus_ ? indexed(" - minus", index) : "", " contains NaN or Inf");
       all = std::max(all, value);
     }
     if (all != 0 && (all > 0x1p300 || all < 0x1p-300)) scale_ = std::ldexp(1.0, -std::ilogb(all));

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/quantized.h"
-#include "common/tensors.h"
+#include "common/merge_operands.h"
 
 namespace statsmerge {
 namespace {
@@ -86,45 +85,6 @@ void with_elements(const TaskVector& t, int64_t first, int64_t n, float* buffer,
   }
 }
 
-// One model's tensors cut into chunks: chunk c covers elements [first, first + n) of tensor `layer`.
-struct Chunks {
-  explicit Chunks(const TensorList& tensors) : start(1, 0) {
-    for (const Tensor& t : tensors) {
-      numel.push_back(t.numel());
-      start.push_back(start.back() + (t.numel() + kChunk - 1) / kChunk);
-    }
-  }
-  int64_t count() const { return start.back(); }
-  int64_t layer_of(int64_t chunk) const {
-    return std::upper_bound(start.begin(), start.end(), chunk) - start.begin() - 1;
-  }
-
-  std::vector<int64_t> numel;
-  std::vector<int64_t> start;  // of every tensor, in chunks, and the end
-};
-
-// Task vectors of one call, with the contiguous tensors that keep their memory alive.
-struct TaskVectors {
-  TaskVectors(const TensorList& tensors, const TensorList& scales, const TensorList& zero_points,
-              const std::vector<int64_t>& bits, const std::vector<int64_t>& group_sizes) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      owners.push_back(dense(tensors[i]));
-      TaskVector t{bytes(owners.back()), Storage::f32, bits.empty() ? 0 : static_cast<int>(bits[i]), nullptr, nullptr, 1};
-      if (t.bits == 0) {
-        t.storage = storage_of(tensors[i], "task_vectors");
-      } else {
-        t.scale = reinterpret_cast<const float*>(bytes(scales[i]));
-        t.zero_point = reinterpret_cast<const int32_t*>(bytes(zero_points[i]));
-        t.group_size = group_sizes[i];
-      }
-      views.push_back(t);
-    }
-  }
-
-  TensorList owners;
-  std::vector<TaskVector> views;
-};
-
 template <class Acc>
 void merge_chunk(const Tensor& base, const Tensor& out, const TaskVector* task_vectors, size_t stride, int64_t tasks,
                  const double* coefficients, int64_t first, int64_t n) {
@@ -154,7 +114,7 @@ TensorList weighted_merge(TensorList base, TensorList task_vectors, TensorList s
     b = dense(b);
     out.push_back(torch::stable::empty_like(b));
   }
-  const Chunks chunks(base);
+  const Chunks chunks(base, kChunk);
   parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t l = chunks.layer_of(c);
@@ -175,7 +135,7 @@ Tensor weighted_merge_grad(TensorList grads, TensorList task_vectors, TensorList
   const int64_t tasks = static_cast<int64_t>(task_vectors.size()) / layers;
   const TaskVectors taus(task_vectors, scales, zero_points, bits, group_sizes);
   for (Tensor& g : grads) g = dense(g);
-  const Chunks chunks(grads);
+  const Chunks chunks(grads, kChunk);
   std::vector<double> partial(static_cast<size_t>(chunks.count() * tasks));
   parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
     float buffer[kChunk];

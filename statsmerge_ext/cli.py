@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error)
         if not isinstance(error, (StatsMergeError, OSError)):  # A defect, here or in a library.
             message = f"{type(error).__name__}: {error} (-v shows where)"
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", " ".join(message.split()), file=sys.stderr)
         return EXIT_ERROR
 
 

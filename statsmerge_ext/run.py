@@ -19,7 +19,8 @@ from statsmerge_ext.checkpoints import (
     save_hf_directory,
     save_state_dict,
 )
-from statsmerge_ext.checkpoints.architecture import build_model
+from statsmerge_ext.checkpoints.architecture import build_model, module_state, stored_state
+from statsmerge_ext.checkpoints.compatibility import floating_names
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from statsmerge_ext.checkpoints.writing import check_output, parse_size
 from statsmerge_ext.engine.merging import merge
@@ -76,17 +77,19 @@ def run_merge(
     if dry_run:
         return {"plan": plan}
 
+    model = build_model(base).to(device) if recipe.needs_data else None
     result = merge(
         recipe.method,
-        base=build_model(base).to(device) if recipe.needs_data else base,
-        experts=experts,
+        base=base if model is None else model,
+        experts=experts if model is None else {name: module_state(expert, model) for name, expert in experts.items()},
         calibration=batches,
         buffers=recipe.buffers,
         progress=progress,
         seed=random_seed,
         **recipe.hyperparameters,
     )
-    state = _finished(result.state, base, recipe.out_dtype)
+    merged = result.state if model is None else stored_state(result.model, result.state)
+    state = _finished(merged, base, recipe.out_dtype)
     report = {**result.report, "plan": plan}
     files = accompanying_files(recipe, report, result.coefficients)
     if _is_file(out):
@@ -159,12 +162,14 @@ def _to(batch: Batch, device: str | torch.device) -> Batch:
 
 
 def _finished(merged: Mapping[str, Tensor], base: Checkpoint, out_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The merged tensors in the output's dtypes, checked to be finite, and what the base holds besides (integers)."""
-    state = {name: base[name] for name in base if name not in merged}
+    """The merged tensors in the output's dtypes, checked to be finite, and the base's integer tensors."""
+    first_floating = floating_names(base)[0]
+    state = {name: base[name] for name in base if name not in merged and not base.dtype(name).is_floating_point}
     converted: dict[int, Tensor] = {}  # Tied names share one tensor; they have to share it after conversion too.
     for name, tensor in merged.items():
         if id(tensor) not in converted:
-            dtype = _out_dtype(base, name, out_dtype) if name in base else tensor.dtype
+            like = name if name in base else first_floating  # transformers may have renamed it
+            dtype = _out_dtype(base, like, out_dtype) if tensor.is_floating_point() else tensor.dtype
             converted[id(tensor)] = check_finite(name, tensor.to(dtype), "the merged model")
         state[name] = converted[id(tensor)]
     return state

@@ -1,14 +1,14 @@
-"""Building the model of a checkpoint, for methods that have to run it; the one place that needs transformers."""
+"""Checkpoints as models, for methods that have to run them; the one place that needs transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from statsmerge_ext.checkpoints.compatibility import floating_names
+from statsmerge_ext.checkpoints.compatibility import check_finite, floating_names
 from statsmerge_ext.checkpoints.reading import Checkpoint
 from statsmerge_ext.errors import CheckpointError
 
@@ -20,8 +20,8 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
     the directory is run.
 
     Raises:
-        CheckpointError: there is no configuration, transformers lacks the architecture, or the file's tensors are not
-            those of the model.
+        CheckpointError: there is no configuration, transformers lacks the architecture, the file's tensors are not
+            those of the model, or one holds NaN or infinity.
     """
     if checkpoint.config is None:
         raise CheckpointError(
@@ -36,23 +36,38 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
     model_class = getattr(transformers, str(name), None)
     if model_class is None:
         raise CheckpointError(f"{checkpoint.path}/config.json: transformers has no architecture {name!r}")
+    state = {key: check_finite(key, tensor, checkpoint.file(key)) for key, tensor in checkpoint.items()}
     with _quiet(transformers.utils.logging):
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
             model, info = model_class.from_pretrained(
-                None, config=config, state_dict=dict(checkpoint), dtype=torch.float32, output_loading_info=True
+                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
             )
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{checkpoint.path}: transformers cannot build {name}: {error}") from error
     if info["missing_keys"]:
-        raise CheckpointError(f"{checkpoint.path}: lacks tensors of {name}: {', '.join(sorted(info['missing_keys']))}")
-    foreign = sorted(set(floating_names(checkpoint)) - set(model.state_dict()))
-    if foreign:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {foreign[0]!r} is not one of {name} under that name; "
-            "save the checkpoint with save_pretrained of this version of transformers"
-        )
+        raise CheckpointError(f"{checkpoint.path}: lacks tensor {min(info['missing_keys'])!r} of {name}")
+    if info["unexpected_keys"]:
+        raise CheckpointError(f"{checkpoint.path}: has tensor {min(info['unexpected_keys'])!r}, which {name} has not")
     return model.eval()
+
+
+def module_state(checkpoint: Checkpoint, model: nn.Module) -> Mapping[str, Tensor]:
+    """The checkpoint's tensors under the names they have in `model`, an instance of its architecture.
+
+    That is the checkpoint itself, read lazily, unless transformers renames, fuses or ignores tensors on loading.
+    """
+    known = model.state_dict().keys()
+    return checkpoint if known >= set(floating_names(checkpoint)) else build_model(checkpoint).state_dict()
+
+
+def stored_state(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict of `model` under the names, and in the shapes, that its class has in files."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # Before version 5 the names are the same.
+        return state
+    return revert_weight_conversion(model, dict(state))
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class LocatedYaml:
     def __init__(self, text: str, name: str):
         """Parse `text`; `name` stands for it in messages. Raises RecipeError for what is not YAML."""
         self.name = name
-        loader = _Loader(text)
         try:
+            loader = _Loader(text)
             self._root = loader.get_single_node()
             self._refuse_duplicates(self._root, seen=set())
             self.value = None if self._root is None else loader.construct_document(self._root)
@@ -45,8 +45,6 @@ class LocatedYaml:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
             raise RecipeError(f"{name}{line}: is not YAML: {getattr(error, 'problem', None) or error}") from error
-        finally:
-            loader.dispose()
 
     def error(self, keys: Keys, message: str) -> RecipeError:
         """A RecipeError about the value at `keys` (or, where there is none, about the nearest one around it)."""

@@ -61,21 +61,21 @@ class Recipe:
         method: name of a registered method.
         base: path of the base checkpoint.
         experts: expert name → path of its checkpoint, at least one.
+        text: the recipe as it was written.
         hyperparameters: the method's own, under its own names.
         out_dtype: dtype of the written weights; None: the base's.
         buffers: "average" or "reestimate".
         calibration: unlabelled samples, for methods that look at data; else None.
-        text: the recipe as it was written.
     """
 
     method: str
     base: Path
     experts: Mapping[str, Path]
+    text: str
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     out_dtype: torch.dtype | None = None
     buffers: str = "average"
     calibration: CalibrationSource | None = None
-    text: str = ""
 
     @property
     def needs_data(self) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import statsmerge_ext
@@ -48,15 +48,25 @@ def fine_tune(suite: Suite, name: str) -> nn.Module:
     )
     for _ in tqdm(range(settings.epochs), desc=f"{suite.name}/{name}", unit="epoch"):
         for rows in torch.randperm(len(labels), generator=generator).split(settings.batch_size)[:steps]:
-            batch = {k: v[rows] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[rows]
+            batch = take(inputs, rows)
             if settings.augment is not None:
                 batch = settings.augment(batch, generator)
-            loss = F.cross_entropy(task.head(suite.forward(model, batch)), labels[rows])
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
+                features = suite.forward(model, batch)
+            loss = F.cross_entropy(task.head(features.float()), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     return model.eval().requires_grad_(False)
+
+
+def take(inputs: Tensor | dict[str, Tensor], rows: Tensor) -> Tensor | dict[str, Tensor]:
+    """Some rows of a batch; padding that none of them needs is cut off."""
+    if not isinstance(inputs, dict):
+        return inputs[rows]
+    longest = int(inputs["attention_mask"][rows].sum(1).max())
+    return {key: value[rows, :longest] for key, value in inputs.items()}
 
 
 def build(suite: Suite, name: str) -> dict:

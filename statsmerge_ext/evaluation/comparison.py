@@ -91,9 +91,9 @@ def merge_suite(
     evidence: GramEvidence | None = None,
     progress: bool = False,
     seed: int = 0,
-    **hyperparameters,
+    hyperparameters: Mapping[str, object] | None = None,
 ) -> MergeResult:
-    """Merge a suite's experts by ``entry`` with the suite's hyperparameters, or those given instead."""
+    """Merge a suite's experts by ``entry`` with the given ``hyperparameters``, by default those chosen for the suite."""
     method = entry.partition("/")[0]
     base, experts = models
     return merge(
@@ -106,7 +106,7 @@ def merge_suite(
         evidence=evidence if "grams" in get_method(method).needs else None,
         progress=progress,
         seed=seed,
-        **{**suite.hyperparameters.get(entry, {}), **hyperparameters},
+        **(suite.hyperparameters.get(entry, {}) if hyperparameters is None else hyperparameters),
     )
 
 

@@ -52,7 +52,8 @@ def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     for path, parameter in modules.items():
 
         def keep(module: nn.Module, args: tuple, output: object, parameter: str = parameter) -> None:
-            outputs[parameter] = output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, tuple) else output
+            outputs[parameter] = output.clone()  # an activation may work in place
 
         handles.append(model.get_submodule(path).register_forward_hook(keep))
     try:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from statsmerge_ext.checkpoints.writing import atomic_output
 from statsmerge_ext.evaluation.comparison import Comparison, Row
 
 _STYLE = """
@@ -65,16 +66,16 @@ def to_json(comparison: Comparison) -> dict:
 
 def write_report(comparisons: Sequence[Comparison], out: Path) -> Path:
     """Write ``results.json`` and ``report.html`` (plots inside) to the folder ``out``; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps([to_json(c) for c in comparisons], indent=1) + "\n", encoding="utf-8")
-    page = out / "report.html"
     body = "".join(_section(comparison) for comparison in comparisons)
-    page.write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Merged models</title><style>{_STYLE}</style>"
-        f"<h1>Merged models</h1>{body}</html>\n",
-        encoding="utf-8",
-    )
-    return page
+    contents = {
+        "results.json": json.dumps([to_json(comparison) for comparison in comparisons], indent=1) + "\n",
+        "report.html": "<!doctype html><html lang=en><meta charset=utf-8><title>Merged models</title>"
+        f"<style>{_STYLE}</style><h1>Merged models</h1>{body}</html>\n",
+    }
+    for name, content in contents.items():
+        with atomic_output(out / name, overwrite=True) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return out / "report.html"
 
 
 def _section(comparison: Comparison) -> str:

@@ -39,13 +39,15 @@ def load_artefact(path: str | Path, kind: str) -> tuple[Checkpoint, dict]:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes, dtypes and up to about 4,096 evenly spaced values of every tensor.
+    """A hash of names, shapes, dtypes and up to about 4,096 evenly spaced values of every floating-point tensor.
 
     Cheap enough for models of any size; two fine-tunings of one model never agree in all of those values.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
         tensor = state[name].detach()
+        if not tensor.is_floating_point():  # counters and position tables are not merged, and an expert may lack them
+            continue
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         flat = tensor.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()

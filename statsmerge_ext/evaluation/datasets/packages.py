@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -79,7 +80,7 @@ def _fetch(package: Package, target: Path) -> Path:
     for archive in found:
         try:
             _unpack(archive, files)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise FetchError(f"{package}: cannot unpack {archive.name}: {error}") from error
         archive.unlink()
     return files

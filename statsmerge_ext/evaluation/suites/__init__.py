@@ -5,9 +5,11 @@ A suite is defined in one file (see vision8.py) and registered under its name.
 
 from statsmerge_ext.evaluation.suites.definition import SuiteDefinition, TrainingSettings
 from statsmerge_ext.evaluation.suites.suite import Suite, Task, get_suite, list_suites, register_suite
+from statsmerge_ext.evaluation.suites.text8 import text8
 from statsmerge_ext.evaluation.suites.vision8 import vision8
 
 register_suite(vision8)
+register_suite(text8)
 
 __all__ = [
     "Suite",

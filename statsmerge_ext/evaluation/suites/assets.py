@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,8 +33,9 @@ def write_expert(path: Path, base: Mapping[str, Tensor], expert: Mapping[str, Te
         if value.dim() < 2:
             arrays[_PLAIN + key] = task_vector.half().numpy()
             continue
-        width = step * float(task_vector.std())
-        arrays[_CODES + key] = (task_vector / width).round().clamp(-127, 127).to(torch.int8).numpy()
+        # Never so fine that the largest element would not fit: few elements may hold all of a task vector.
+        width = max(step * float(task_vector.std(correction=0)), float(task_vector.abs().max()) / 127)
+        arrays[_CODES + key] = (task_vector / width).round().to(torch.int8).numpy()
         arrays[_STEP + key] = np.float32(width)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -59,16 +58,19 @@ def read_expert(path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile, zlib and numpy each have their own for damaged or foreign content
         raise DataError(f"{path}: not a readable expert: {error}") from error
     state = {key: value.clone() for key, value in base.items()}
     for name, array in arrays.items():
-        kind, _, key = name.partition("/")
-        if kind + "/" == _STEP:
+        kind, slash, key = name.partition("/")
+        kind += slash
+        if kind == _STEP:
             continue
+        if kind not in (_CODES, _PLAIN) or (kind == _CODES and _STEP + key not in arrays):
+            raise DataError(f"{path}: not an expert: unexpected entry {name!r}")
         if key not in state or tuple(state[key].shape) != array.shape:
             expected = tuple(state[key].shape) if key in state else "no such tensor"
             raise DataError(f"{path}: tensor {key!r} has shape {array.shape}, the base has {expected}")
         task_vector = torch.from_numpy(array).float()
-        state[key] += task_vector * float(arrays[_STEP + key]) if kind + "/" == _CODES else task_vector
+        state[key] += task_vector * float(arrays[_STEP + key]) if kind == _CODES else task_vector
     return state

@@ -24,6 +24,7 @@ class TrainingSettings:
         frozen: prefixes of parameters that stay the base's.
         augment: (batch, generator) -> batch, or None.
         dropout: whether the model's dropout is on. BatchNorm statistics are frozen in any case.
+        bfloat16: whether the forward pass runs under autocast; it pays where matrix products dominate.
         step: quantisation step of the stored expert, in standard deviations of each task vector's tensor.
     """
 
@@ -34,6 +35,7 @@ class TrainingSettings:
     frozen: tuple[str, ...] = ()
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
     dropout: bool = False
+    bfloat16: bool = False
     step: float = 0.5
 
 

@@ -1,0 +1,70 @@
+"""Choose each method's hyperparameters on a suite's validation splits and note them beside the suite's experts.
+
+    python scripts/choose_hyperparameters.py [--suite vision8] [--entry lot]
+
+Every setting of a small grid is merged with the calibration samples of seed 0 and judged by the average accuracy on validation
+examples; the test split is never read. The JSON keeps all scores, so that a choice can be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+
+import torch
+
+from statsmerge_ext.evaluation.comparison import (
+    ENTRIES,
+    calibration_of,
+    collect_suite_grams,
+    load_models,
+    merge_suite,
+)
+from statsmerge_ext.evaluation.run import evaluate_model
+from statsmerge_ext.evaluation.suites import get_suite, list_suites
+
+LEARNING = {"epochs": [25], "lr_step": [20]}
+GRIDS: dict[str, dict[str, list]] = {
+    "linear": {},
+    "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.4, 0.5]},
+    "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
+    "regmean": {"reduce_non_diagonal_ratio": [0.8, 0.9, 0.95, 0.99, 1.0]},
+    "stats_merging/task": {"granularity": ["task"], **LEARNING, "lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]},
+    "adamerging": {**LEARNING, "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]},
+    "stats_merging/layer": {**LEARNING, "lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]},
+    "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", action="append", choices=list_suites(), help="default: all")
+    parser.add_argument("--entry", action="append", choices=ENTRIES, help="default: all")
+    options = parser.parse_args()
+    for name in options.suite or list_suites():
+        suite = get_suite(name)
+        suite.prepare()
+        models, calibration = load_models(suite), calibration_of(suite)
+        evidence = collect_suite_grams(suite, models, calibration)
+        chosen_file, scores_file = suite.assets / "hyperparameters.json", suite.assets / "validation.json"
+        chosen = dict(suite.hyperparameters)
+        scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
+        for entry in options.entry or ENTRIES:
+            grid = GRIDS[entry]
+            scores[entry] = []
+            for values in itertools.product(*grid.values()):
+                setting = dict(zip(grid, values, strict=True))
+                merged = merge_suite(suite, entry, models, calibration, evidence=evidence, hyperparameters=setting).model
+                accuracy = statistics.fmean(evaluate_model(merged, suite, "validation").values())
+                scores[entry].append({"setting": setting, "accuracy": round(accuracy, 4)})
+                print(name, entry, setting, f"{accuracy:.4f}", flush=True)
+            chosen[entry] = max(scores[entry], key=lambda score: score["accuracy"])["setting"]
+            chosen_file.write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
+            scores_file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent
 def import_cpp_extension():
     """torch.utils.cpp_extension, or None without torch.
 
-    pip's isolated builds hide the environment that is installed into; its torch is the right one to build against, so it
-    is looked for there too.
+    pip's isolated builds hide the environment that is installed into; its torch is the right one to build against, so
+    it is looked for there too.
     """
     site_packages = sysconfig.get_path("purelib")
     sys.path.append(site_packages)
@@ -54,7 +54,7 @@ def sources(*patterns: str) -> list[str]:
 def extension(cpp_extension):
     import pybind11
 
-    flags = ["-O3", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall"]
     define = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
     include_dirs = [pybind11.get_include(), str(ROOT / "csrc")]
     if with_cuda(cpp_extension):

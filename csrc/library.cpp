@@ -1,5 +1,5 @@
-// The operators' schemas, and nothing else: the table of contents of the native code. Each is implemented in the file of its
-// name under cpu/ and cuda/; its public wrapper, reference and fake kernel are in statsmerge_ext/ops/.
+// The operators' schemas, and nothing else: the table of contents of the native code. Each is implemented in the file
+// of its name under cpu/ and cuda/; its public wrapper, reference and fake kernel are in statsmerge_ext/ops/.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(statsmerge, m) {

@@ -1,8 +1,8 @@
-// The Python module `statsmerge_ext._C`. Importing it registers the operators (the other files of the same shared object do
-// that when they are loaded); the module itself only tells how it was built and what the processor can do.
+// The Python module `statsmerge_ext._C`. Importing it registers the operators (the other files of the same shared
+// object do that when they are loaded); the module itself only tells how it was built and what the processor can do.
 
-// pybind11's headers inside torch before 2.13 refuse to be included while a stable ABI version is targeted. Nothing of torch
-// is used in this file, so it keeps the number under another name.
+// pybind11's headers inside torch before 2.13 refuse to be included while a stable ABI version is targeted. Nothing of
+// torch is used in this file, so it keeps the number under another name.
 #ifdef TORCH_TARGET_VERSION
 static constexpr unsigned long long kTorchTargetVersion = TORCH_TARGET_VERSION;
 #undef TORCH_TARGET_VERSION

@@ -1,5 +1,5 @@
-// Floating-point storage types as bit patterns, without torch: conversions that a compiler vectorises, and a reader that
-// turns a run of any supported element type into float or double.
+// Floating-point storage types as bit patterns, without torch: conversions that a compiler vectorises, and a reader
+// that turns a run of any supported element type into float or double.
 #pragma once
 
 #include <bit>
@@ -87,8 +87,6 @@ STATSMERGE_INLINE auto dispatch_storage(Storage storage, const F& f) {
   }
 }
 
-constexpr int64_t bytes_of(Storage storage) {
-  return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2;
-}
+constexpr int64_t bytes_of(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
 
 }  // namespace statsmerge

@@ -68,8 +68,8 @@ inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
-// Calls aten::name.overload with `args` and returns its first `Outputs` outputs. What aten says of an error is lost at a
-// stable target of 2.11, so callers check their inputs first and use the *_ex forms of the factorisations.
+// Calls aten::name.overload with `args` and returns its first `Outputs` outputs. What aten says of an error is lost at
+// a stable target of 2.11, so callers check their inputs first and use the *_ex forms of the factorisations.
 template <size_t Outputs, class... Args>
 std::array<Tensor, Outputs> call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, (sizeof...(Args) > Outputs ? sizeof...(Args) : Outputs)> stack{

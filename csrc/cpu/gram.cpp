@@ -1,6 +1,7 @@
-// gram_accumulate_ on the CPU. Features are widened to the Gram's type and weighted tile by tile, never as a whole. Large
-// Grams take panels of columns through aten's matrix product, each from its diagonal down: half the work of xᵀ x. Small ones,
-// as of the groups of a depthwise convolution, are batched over the processor's threads by a kernel of their own.
+// gram_accumulate_ on the CPU. Features are widened to the Gram's type and weighted tile by tile, never as a whole.
+// Large Grams take panels of columns through aten's matrix product, each from its diagonal down: half the work of xᵀ x.
+// Small ones, as of the groups of a depthwise convolution, are batched over the processor's threads by a kernel of
+// their own.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -10,10 +11,10 @@
 namespace statsmerge {
 namespace {
 
-constexpr int64_t kTile = 4096;   // rows of features widened at a time
-constexpr int64_t kPanel = 128;   // columns of a large Gram per product
-constexpr int64_t kSmall = 32;    // Grams up to this size take the small kernel
-constexpr int64_t kBlock = 256;   // rows the small kernel transposes at a time
+constexpr int64_t kTile = 4096;  // rows of features widened at a time
+constexpr int64_t kPanel = 128;  // columns of a large Gram per product
+constexpr int64_t kSmall = 32;   // Grams up to this size take the small kernel
+constexpr int64_t kBlock = 256;  // rows the small kernel transposes at a time
 
 template <class Acc, class T>
 STATSMERGE_CLONES void widen_row(const T* x, int64_t stride, double factor, Acc* out, int64_t n) {
@@ -27,17 +28,23 @@ STATSMERGE_CLONES void widen_row(const T* x, int64_t stride, double factor, Acc*
 // A matrix of any strides and element type.
 struct Matrix {
   Matrix(const Tensor& x, const char* name)
-      : data(bytes(x)), storage(storage_of(x, name)), row_stride(x.stride(0)), column_stride(x.stride(1)), columns(x.sizes()[1]) {}
+      : data(bytes(x)),
+        storage(storage_of(x, name)),
+        row_stride(x.stride(0)),
+        column_stride(x.stride(1)),
+        columns(x.sizes()[1]) {}
 
   // Rows [first, first + n) times their weights (null: ones) as a dense tile.
   template <class Acc>
   void load(int64_t first, int64_t n, const Acc* weight, Acc* out) const {
     dispatch_storage(storage, [&](auto* type) {
       const auto* start = reinterpret_cast<decltype(type)>(data) + first * row_stride;
-      if (!weight && column_stride == 1 && row_stride == columns) return widen_row<Acc>(start, 1, 1.0, out, n * columns);
+      if (!weight && column_stride == 1 && row_stride == columns)
+        return widen_row<Acc>(start, 1, 1.0, out, n * columns);
       for (int64_t i = 0; i < n; ++i) {
         const auto* row = start + i * row_stride;
-        widen_row<Acc>(row, column_stride, weight ? static_cast<double>(weight[first + i]) : 1.0, out + i * columns, columns);
+        widen_row<Acc>(row, column_stride, weight ? static_cast<double>(weight[first + i]) : 1.0, out + i * columns,
+                       columns);
       }
     });
   }
@@ -55,11 +62,11 @@ STATSMERGE_CLONES Acc dot(const Acc* x, const Acc* y, int64_t n) {
   return sum;
 }
 
-// gram (lower triangle, or all of it for a second operand) += Σ rows, for matrices of at most kSmall columns. A block of rows
-// is transposed, so that every entry is a dot product over the block.
+// gram (lower triangle, or all of it for a second operand) += Σ rows, for matrices of at most kSmall columns. A block
+// of rows is transposed, so that every entry is a dot product over the block.
 template <class Acc>
-void accumulate_small(const Matrix& x, const Matrix* other, const Acc* weight, int64_t rows, Acc* gram, int64_t gram_row,
-                      int64_t gram_column) {
+void accumulate_small(const Matrix& x, const Matrix* other, const Acc* weight, int64_t rows, Acc* gram,
+                      int64_t gram_row, int64_t gram_column) {
   Acc tile[kBlock * kSmall], left[kSmall * kBlock], right[kSmall * kBlock];
   const auto transposed = [&](const Matrix& m, int64_t first, int64_t n, const Acc* w, Acc* out) {
     m.load<Acc>(first, n, nullptr, tile);

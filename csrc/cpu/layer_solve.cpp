@@ -1,6 +1,6 @@
-// layer_solve on the CPU: T = A + (D − A C) (C + ridge·I)^†, always computed in double. Small matrices, as of the groups of a
-// depthwise convolution, are diagonalised one a thread; large ones take a Cholesky factorisation where C is proven to be
-// safely positive definite and aten's symmetric eigendecomposition where not.
+// layer_solve on the CPU: T = A + (D − A C) (C + ridge·I)^†, always computed in double. Small matrices, as of the
+// groups of a depthwise convolution, are diagonalised one a thread; large ones take a Cholesky factorisation where C is
+// proven to be safely positive definite and aten's symmetric eigendecomposition where not.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -54,7 +54,8 @@ Report solve_small(std::vector<double> c, int64_t n, double rcond, double* rows,
   std::vector<double> coordinates(static_cast<size_t>(report.rank));
   for (int64_t r = 0; r < count; ++r) {
     double* row = rows + r * n;
-    for (int64_t i = 0; i < report.rank; ++i) coordinates[i] = dot(row, eigen.vectors.data() + i * n, n) / eigen.values[i];
+    for (int64_t i = 0; i < report.rank; ++i)
+      coordinates[i] = dot(row, eigen.vectors.data() + i * n, n) / eigen.values[i];
     std::fill(row, row + n, 0.0);
     for (int64_t i = 0; i < report.rank; ++i) axpy(coordinates[i], eigen.vectors.data() + i * n, row, n);
   }
@@ -63,7 +64,8 @@ Report solve_small(std::vector<double> c, int64_t n, double rcond, double* rows,
 
 double* data(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
 
-// The largest eigenvalue of a symmetric positive definite operator by Lanczos, from below and usually within a few per cent.
+// The largest eigenvalue of a symmetric positive definite operator by Lanczos, from below and usually within a few per
+// cent.
 double largest_eigenvalue(const std::function<Tensor(const Tensor&)>& apply, const Tensor& like, int64_t n) {
   constexpr int64_t steps = 16;
   std::mt19937_64 generator(0);
@@ -99,8 +101,8 @@ std::optional<Tensor> cholesky(const Tensor& c) {
   return factor;
 }
 
-// Proves by a factorisation that every eigenvalue of c exceeds rcond times the largest: c − rcond·‖c‖·I is positive definite
-// with ‖c‖ at least the largest eigenvalue.
+// Proves by a factorisation that every eigenvalue of c exceeds rcond times the largest: c − rcond·‖c‖·I is positive
+// definite with ‖c‖ at least the largest eigenvalue.
 bool safely_positive_definite(const Tensor& c, int64_t n, double rcond) {
   double largest_row = 0, squares = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -130,7 +132,9 @@ void divide_columns(const Tensor& y, const double* values) {
 std::pair<Tensor, Report> solve_large(const Tensor& c, int64_t n, double rcond, const Tensor& rows) {
   if (safely_positive_definite(c, n, rcond)) {
     if (const auto factor = cholesky(c)) {
-      const auto inverse = [&](const Tensor& b) { return call_aten<1>("aten::cholesky_solve", "", b, *factor, false)[0]; };
+      const auto inverse = [&](const Tensor& b) {
+        return call_aten<1>("aten::cholesky_solve", "", b, *factor, false)[0];
+      };
       const auto forward = [&](const Tensor& b) { return aten::matmul(c, b); };
       const double condition = largest_eigenvalue(forward, c, n) * largest_eigenvalue(inverse, c, n);
       return {aten::transpose(inverse(aten::transpose(rows))), Report{n, condition}};
@@ -203,9 +207,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional
   return {to_dtype(rows, type), reports.rank, reports.condition};
 }
 
-// T = Yᵀ (X^†)ᵀ with the rows X_k of all experts stacked and Y_k = X_k T_kᵀ: the singular values of X, not their squares, are
-// compared with rcond. A weight w of a token multiplies its row by √w.
-std::tuple<Tensor, Tensor, Tensor> layer_solve_features(TensorList xs, TensorList ts, TensorList weights, double rcond) {
+// T = Yᵀ (X^†)ᵀ with the rows X_k of all experts stacked and Y_k = X_k T_kᵀ: the singular values of X, not their
+// squares, are compared with rcond. A weight w of a token multiplies its row by √w.
+std::tuple<Tensor, Tensor, Tensor> layer_solve_features(TensorList xs, TensorList ts, TensorList weights,
+                                                        double rcond) {
   const ScalarType type = ts[0].scalar_type();
   TensorList outputs;
   for (size_t k = 0; k < xs.size(); ++k) {

@@ -1,5 +1,5 @@
-// Householder reduction to tridiagonal form and implicit QL (Golub and Van Loan, Matrix Computations, sections 8.3.1 and 8.3.3).
-// Vectors are kept as rows, so that every inner loop runs over contiguous memory.
+// Householder reduction to tridiagonal form and implicit QL (Golub and Van Loan, Matrix Computations, sections 8.3.1
+// and 8.3.3). Vectors are kept as rows, so that every inner loop runs over contiguous memory.
 #include "cpu/symmetric_eigen.h"
 
 #include <algorithm>

@@ -12,8 +12,8 @@ struct Eigen {
   std::vector<double> vectors;
 };
 
-// `a` is n × n, row-major and symmetric; both triangles are read. Throws std::runtime_error if it does not converge, which
-// only happens when an entry is not finite.
+// `a` is n × n, row-major and symmetric; both triangles are read. Throws std::runtime_error if it does not converge,
+// which only happens when an entry is not finite.
 Eigen symmetric_eigen(std::vector<double> a, int64_t n);
 
 }  // namespace statsmerge

@@ -14,4 +14,8 @@ STATSMERGE_CLONES void axpy(double factor, const double* x, double* y, int64_t n
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
 }
 
+STATSMERGE_CLONES void multiply(double factor, double* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
 }  // namespace statsmerge

@@ -9,5 +9,6 @@ namespace statsmerge {
 
 double dot(const double* x, const double* y, int64_t n);
 void axpy(double factor, const double* x, double* y, int64_t n);  // y += factor · x
+void multiply(double factor, double* x, int64_t n);               // x *= factor
 
 }  // namespace statsmerge

@@ -1,5 +1,5 @@
-// weighted_merge and its gradient on the CPU: every tensor of a model in one parallel loop over chunks that fit the first
-// cache level, each element of base and task vectors read once and each result written once.
+// weighted_merge and its gradient on the CPU: every tensor of a model in one parallel loop over chunks that fit the
+// first cache level, each element of base and task vectors read once and each result written once.
 #include <algorithm>
 #include <type_traits>
 
@@ -50,8 +50,8 @@ STATSMERGE_CLONES void scale_codes(float* x, int64_t n, float zero_point, float 
   for (int64_t i = 0; i < n; ++i) x[i] = scale * (x[i] - zero_point);
 }
 
-// Elements first .. first + n of a quantised task vector as floats; `first` is a multiple of kChunk. Codes and `out` are
-// padded to a multiple of 8 elements.
+// Elements first .. first + n of a quantised task vector as floats; `first` is a multiple of kChunk. Codes and `out`
+// are padded to a multiple of 8 elements.
 void dequantize(const TaskVector& t, int64_t first, int64_t n, float* out) {
   switch (t.bits) {
     case 2:
@@ -74,7 +74,8 @@ void dequantize(const TaskVector& t, int64_t first, int64_t n, float* out) {
   }
 }
 
-// Calls f(pointer to n elements) for elements first .. first + n of `t`, dequantised into `buffer` where they are codes.
+// Calls f(pointer to n elements) for elements first .. first + n of `t`, dequantised into `buffer` where they are
+// codes.
 template <class F>
 void with_elements(const TaskVector& t, int64_t first, int64_t n, float* buffer, const F& f) {
   if (t.bits != 0) {
@@ -94,9 +95,8 @@ void merge_chunk(const Tensor& base, const Tensor& out, const TaskVector* task_v
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
     copy_in<Acc, T>(reinterpret_cast<const T*>(bytes(base)) + first, acc, n);
     for (int64_t k = 0; k < tasks; ++k) {
-      with_elements(task_vectors[k * stride], first, n, buffer, [&](auto* x) {
-        add_scaled<Acc>(x, static_cast<Acc>(coefficients[k]), acc, n);
-      });
+      with_elements(task_vectors[k * stride], first, n, buffer,
+                    [&](auto* x) { add_scaled<Acc>(x, static_cast<Acc>(coefficients[k]), acc, n); });
     }
     copy_out<Acc, T>(acc, static_cast<T*>(out.mutable_data_ptr()) + first, n);
   });
@@ -146,7 +146,8 @@ Tensor weighted_merge_grad(TensorList grads, TensorList task_vectors, TensorList
       dispatch_storage(storage_of(grads[l], "grads"), [&](auto* type) {
         const auto* g = reinterpret_cast<decltype(type)>(bytes(grads[l])) + first;
         for (int64_t k = 0; k < tasks; ++k) {
-          with_elements(taus.views[k * layers + l], first, n, buffer, [&](auto* x) { partial[c * tasks + k] = dot(g, x, n); });
+          with_elements(taus.views[k * layers + l], first, n, buffer,
+                        [&](auto* x) { partial[c * tasks + k] = dot(g, x, n); });
         }
       });
     }

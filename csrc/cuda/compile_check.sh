@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles every CUDA kernel for every supported architecture against the installed torch, CUDA or not; no GPU is needed.
+# Compiles every CUDA kernel for every supported architecture against the installed torch, CUDA or not; needs no GPU.
 # Usage: csrc/cuda/compile_check.sh [ARCH ...]     PYTHON=python and NVCC=nvcc name the tools.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -19,7 +19,8 @@ class Tables {
     const size_t at_layers = append(layers), at_tasks = append(task_vectors.views), at_chunks = append(chunks.start);
     const Tensor host = torch::stable::from_blob(packed_.data(), {static_cast<int64_t>(packed_.size())}, {1},
                                                  torch::headeronly::DeviceType::CPU, ScalarType::Byte);
-    device_ = torch::stable::to(host, torch::stable::Device(torch::headeronly::DeviceType::CUDA, in[0].get_device_index()));
+    device_ =
+        torch::stable::to(host, torch::stable::Device(torch::headeronly::DeviceType::CUDA, in[0].get_device_index()));
     const char* start = bytes(device_);
     arguments.layers = reinterpret_cast<const cuda::Layer*>(start + at_layers);
     arguments.task_vectors = reinterpret_cast<const TaskVector*>(start + at_tasks);

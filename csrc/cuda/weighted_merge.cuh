@@ -19,7 +19,8 @@ struct Layer {
   int64_t numel;
 };
 
-// Everything a launch needs, all pointers to device memory. `coefficients` is [layers, tasks], task_vectors [tasks, layers].
+// Everything a launch needs, all pointers to device memory. `coefficients` is [layers, tasks], task_vectors [tasks,
+// layers].
 struct MergeArguments {
   const Layer* layers;
   const TaskVector* task_vectors;

@@ -66,7 +66,10 @@ def as_list(value: Any, name: str) -> list[Tensor]:
     """The tensors of a sequence of arrays, or of the first dimension of a single array."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [as_tensor(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    return list(as_tensor(value, name).unbind(0))
+    array = as_tensor(value, name)
+    if array.dim() == 0:
+        fail(name, "a list of tensors, or one tensor of several", "a tensor without dimensions")
+    return list(array.unbind(0))
 
 
 def same_kind(like: Any) -> Callable[[Any], Any]:

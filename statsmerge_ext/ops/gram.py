@@ -24,13 +24,13 @@ def gram_accumulate_(gram: Any, x: Any, *, weight: Any = None, other: Any = None
     """Add xᵀ diag(weight) x, or xᵀ diag(weight) other, to `gram` in place and return it.
 
     Args:
-        gram: [in, in2], or [B, in, in2] for a batch of B (the groups of a convolution); float32 or float64, the type that is
-            accumulated in. Without `other`, in2 = in and only the lower triangle is kept up to date: what stands above the
-            diagonal means nothing until `symmetrize_`.
-        x: [..., in] features of any number of leading dimensions (tokens), or [B, ..., in]; float64, float32, bfloat16 or
-            float16, read in its own type.
-        weight: [...] or [B, ...], one factor a token; 0 drops a padding token, whatever finite values it has. An attention
-            mask of any integer or boolean type will do.
+        gram: [in, in2], or [B, in, in2] for a batch of B (the groups of a convolution); float32 or float64, the type
+            that is accumulated in. Without `other`, in2 = in and only the lower triangle is kept up to date: what
+            stands above the diagonal means nothing until `symmetrize_`.
+        x: [..., in] features of any number of leading dimensions (tokens), or [B, ..., in]; float64, float32, bfloat16
+            or float16, read in its own type.
+        weight: [...] or [B, ...], one factor a token; 0 drops a padding token, whatever finite values it has. An
+            attention mask of any integer or boolean type will do.
         other: [..., in2] or [B, ..., in2], the second factor of a cross Gram.
 
     Raises:

@@ -1,5 +1,5 @@
-"""layer_solve: the linear system behind LOT Merging, RegMean and their relatives, T · C = D with C symmetric and positive
-semidefinite; its thin form from the features themselves; and its diagonal form for norm scales and embeddings."""
+"""layer_solve: the linear system behind LOT Merging, RegMean and their relatives, T · C = D with C symmetric and
+positive semidefinite; its thin form from the features themselves; and its diagonal form for norm scales and embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILTERS = ("pinv", "ridge", "spectral")
 
 
 class LayerSolution(NamedTuple):
-    """T [.., out, in] (a list if D was one); rank [..]: eigenvalues kept; condition [..]: largest over smallest of those."""
+    """T [.., out, in], a list if D was one; rank [..]: eigenvalues kept; condition [..]: largest over smallest kept."""
 
     T: Any
     rank: Any
@@ -40,13 +40,14 @@ def layer_solve(
 ) -> LayerSolution:
     """Solve T · C = D for symmetric positive semidefinite C.
 
-    With A the anchor (0 if none): T = A + (D − A C) F(C), where F keeps the eigenvectors of C and takes an eigenvalue λ to
-      "pinv":      1/λ where λ > rcond · λ_max, else 0; no anchor: the Moore–Penrose solution (LOT Merging, arXiv 2505.23859, Eq. 9)
+    With A the anchor (0 if none), T = A + (D − A C) F(C). F keeps the eigenvectors of C and takes an eigenvalue λ to
+      "pinv":      1/λ where λ > rcond · λ_max, else 0. Without an anchor the Moore–Penrose solution, that of LOT
+                   Merging (arXiv 2505.23859, Eq. 9).
       "ridge":     1/(λ + ridge)
       "spectral":  as "pinv", but directions that are left out keep the anchor
 
-    Everything is computed in float64. A positive definite C far from singular is factorised by Cholesky; its condition is then
-    an estimate, from below and good to a few per cent.
+    Everything is computed in float64. A positive definite C far from singular is factorised by Cholesky; its condition
+    is then an estimate, from below and good to a few per cent.
 
     Args:
         C: [.., in, in], float32 or float64; only the lower triangle is read, as `gram_accumulate_` leaves it.
@@ -124,16 +125,16 @@ def layer_solve_features(
 ) -> LayerSolution:
     """The "pinv" solution T = argmin Σ_k ‖X_k (T − T_k)ᵀ‖² of smallest norm, from the features instead of their Grams.
 
-    With X the rows of all experts stacked and Y = [X_k T_kᵀ], T = (X^† Y)ᵀ by a singular value decomposition of X in float64.
-    No Gram is formed, so the condition number is not squared: the cut-off acts on the singular values of X. Made for fewer
-    tokens than inputs, where it costs tokens² · in.
+    With X the rows of all experts stacked and Y = [X_k T_kᵀ], T = (X^† Y)ᵀ by a singular value decomposition of X in
+    float64. No Gram is formed, so the condition number is not squared: the cut-off acts on the singular values of X.
+    Made for fewer tokens than inputs, where it costs tokens² · in.
 
     Args:
         xs: K tensors [tokens_k, in], float64, float32, bfloat16 or float16.
         ts: K tensors [out, in], float32 or float64.
         weight: K tensors [tokens_k] of factors of at least 0, one a token.
-        rcond: relative cut-off of singular values; None: max(tokens, in) · eps of the features' dtype (float32's for the
-            half-precision types, whose values are taken as exact).
+        rcond: relative cut-off of singular values; None: max(tokens, in) · eps of the features' dtype (float32's for
+            the half-precision types, whose values are taken as exact).
 
     Returns: LayerSolution; `condition` is that of the Gram matrix XᵀX, comparable with `layer_solve`'s.
 
@@ -177,8 +178,8 @@ def layer_solve_features(
 def diagonal_solve(c: Any, d: Any, fallback: Any) -> Any:
     """layer_solve for a diagonal C: d / c where c > 0, `fallback` elsewhere.
 
-    Norm scales (LOT Merging, arXiv 2505.23859, Eq. 12): c [n] sums the squared normalised inputs, d [n] those times the task
-    vectors. Embeddings: c [V] counts tokens, d [V, e] sums counts times task vectors; c applies to all of a row.
+    Norm scales (LOT Merging, arXiv 2505.23859, Eq. 12): c [n] sums the squared normalised inputs, d [n] those times the
+    task vectors. Embeddings: c [V] counts tokens, d [V, e] sums counts times task vectors; c applies to all of a row.
 
     Args:
         c: [..., n], at least 0.
@@ -200,6 +201,8 @@ def layer_solve_reference(
 ) -> LayerSolution:
     """The same for one D in plain torch, in C's dtype or better."""
     c = mirrored(C.double())
+    if not bool(torch.isfinite(c).all()):
+        raise ValueError("C contains NaN or Inf")
     residual = D.double() if anchor is None else D.double() - anchor.double() @ c
     n = C.shape[-1]
     values, vectors = torch.linalg.eigh(c + ridge * torch.eye(n, dtype=c.dtype, device=c.device))

@@ -1,4 +1,4 @@
-"""Quantised task vectors (TVQ, arXiv 2503.06921): codes of 2, 3, 4 or 8 bits with a scale and a zero point for every group."""
+"""Quantised task vectors (TVQ, arXiv 2503.06921): codes of 2, 3, 4 or 8 bits, a scale and a zero point a group."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ class QuantizedTensor:
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [8 n] → bytes [bits · n]."""
     shifts = torch.arange(8, device=codes.device, dtype=torch.int64) * bits
-    words = (codes.reshape(-1, 8).to(torch.int64) << shifts).sum(1, keepdim=True)  # the 8-bit sum wraps into the sign bit
+    # the eighth of eight 8-bit codes wraps into the sign bit, which the mask below takes off again
+    words = (codes.reshape(-1, 8).to(torch.int64) << shifts).sum(1, keepdim=True)
     return (words >> torch.arange(bits, device=codes.device) * 8 & 0xFF).to(torch.uint8).flatten()
 
 

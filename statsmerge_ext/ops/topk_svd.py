@@ -39,14 +39,15 @@ def topk_svd(
 ) -> TopKSVD:
     """The k leading singular values, and vectors, of many matrices.
 
-    Block Lanczos on AᵀA in float64 with full reorthogonalisation and thick restarts; a matrix of at most 32 rows or columns is
-    decomposed directly. Results depend on neither the number of threads nor the other matrices of the call.
+    Block Lanczos on AᵀA in float64 with full reorthogonalisation and thick restarts; a matrix of at most 32 rows or
+    columns is decomposed directly. Results depend on neither the number of threads nor the other matrices of the call.
 
-    Singular values below about 1e-6 of the largest are found to that absolute accuracy only, and those lost in float64's
-    rounding error come out as 0.
+    Singular values below about 1e-6 of the largest are found to that absolute accuracy only, and those lost in
+    float64's rounding error come out as 0.
 
     Args:
-        mats: [B, m, n], or a list of 2-D tensors of any shapes; float64, float32, bfloat16 or float16, read in that type.
+        mats: [B, m, n], or a list of 2-D tensors of any shapes; float64, float32, bfloat16 or float16, read in that
+            type.
         k: from 1 to the smallest dimension of any matrix.
         minus: as mats; the matrices are then mats − minus, which are never formed.
         tol: relative accuracy of the singular values, between 0 and 1: a matrix is done when `residual` ≤ tol · S.
@@ -57,7 +58,8 @@ def topk_svd(
     Returns: TopKSVD; float64 for float64 matrices, else float32.
 
     Raises:
-        TypeError, ValueError: arguments that don't fit each other; a matrix contains NaN or Inf; the message tells which.
+        TypeError, ValueError: arguments that don't fit each other;
+            a matrix contains NaN or Inf (the message tells which).
     """
     batched = not isinstance(mats, (list, tuple))
     if batched and as_tensor(mats, "mats").dim() != 3:
@@ -114,7 +116,8 @@ def _empty_result(mats: Any, k: int, vectors: bool) -> TopKSVD:
     dtype = _result_dtype(tensor)
     m, n = tensor.shape[1:]
     s = tensor.new_empty(0, k, dtype=dtype)
-    u, vh = (tensor.new_empty(0, m, k, dtype=dtype), tensor.new_empty(0, k, n, dtype=dtype)) if vectors else (None, None)
+    u = tensor.new_empty(0, m, k, dtype=dtype) if vectors else None
+    vh = tensor.new_empty(0, k, n, dtype=dtype) if vectors else None
     return TopKSVD(s, u, vh, s.clone(), tensor.new_empty(0, dtype=torch.int64))
 
 
@@ -122,15 +125,16 @@ def weight_statistics(mats: Any, r: int = 3, *, minus: Any = None) -> Any:
     """Mean, biased variance, L2 norm and the r leading singular values of each tensor (StatsMerging, arXiv 2506.04567).
 
     Args:
-        mats: a list of tensors; one of more than two dimensions is taken as [out, -1], one of fewer as a vector, whose only
-            singular value is its norm. float64, float32, bfloat16 or float16.
+        mats: a list of tensors; one of more than two dimensions is taken as [out, -1], one of fewer as a vector, whose
+            only singular value is its norm. float64, float32, bfloat16 or float16.
         r: number of singular values; those that a tensor hasn't got are 0. Relative accuracy: 1e-3.
         minus: as mats; the statistics are then of mats − minus (task vectors).
 
     Returns: [L, 3 + r], float64.
 
     Raises:
-        TypeError, ValueError: arguments that don't fit each other; a tensor contains NaN or Inf; the message tells which.
+        TypeError, ValueError: arguments that don't fit each other;
+            a tensor contains NaN or Inf (the message tells which).
     """
     tensors = [mat.detach() for mat in as_list(mats, "mats")]
     subtrahends = _subtrahends(minus, tensors)

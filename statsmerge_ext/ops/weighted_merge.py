@@ -19,10 +19,10 @@ def weighted_merge(base: Any, task_vectors: Sequence[Any], coefficients: Any) ->
     Differentiable with respect to the coefficients (in one pass, too), the base and floating-point task vectors.
 
     Args:
-        base: L tensors θ_0^l of any shapes; float64, float32, bfloat16 or float16. Computed in float32, or in float64 where
-            the base tensor is float64.
-        task_vectors: K sequences of L tensors τ_k^l of the base's shapes, each of any of those types or a `QuantizedTensor`,
-            whose values are restored as they are added.
+        base: L tensors θ_0^l of any shapes; float64, float32, bfloat16 or float16. Computed in float32, or in float64
+            where the base tensor is float64.
+        task_vectors: K sequences of L tensors τ_k^l of the base's shapes, each of any of those types or a
+            `QuantizedTensor`, whose values are restored as they are added.
         coefficients: λ, [K] or [L, K]; real.
 
     Returns: L contiguous tensors of the base's dtypes.
@@ -49,7 +49,8 @@ def weighted_merge(base: Any, task_vectors: Sequence[Any], coefficients: Any) ->
 
 
 class _Flat(NamedTuple):
-    """K · L task vectors, task by task, as the raw operator takes them; scales and the rest are empty if none is quantised,
+    """K · L task vectors, task by task, as the raw operator takes them; scales and the rest are empty if none is
+    quantised,
     and bits 0 marks a floating-point one otherwise."""
 
     tensors: list[Tensor]

@@ -162,16 +162,41 @@ def test_solves_any_consistent_system(n, tokens, out, seed):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((torch.zeros(4, 5), torch.zeros(2, 4)), {}, ValueError, r"C: expected square matrices \[.., in, in\], got \[4, 5\]"),
+        (
+            (torch.zeros(4, 5), torch.zeros(2, 4)),
+            {},
+            ValueError,
+            r"C: expected square matrices \[.., in, in\], got \[4, 5\]",
+        ),
         ((torch.eye(4).half(), torch.zeros(2, 4)), {}, TypeError, "C: expected float64 or float32, got float16"),
         ((torch.eye(4), torch.zeros(2, 5)), {}, ValueError, r"D: expected shape \['out', 4\], got \[2, 5\]"),
         ((torch.eye(4), [torch.zeros(2, 4), torch.zeros(4)]), {}, ValueError, r"D\[1\]: expected shape"),
         ((torch.eye(4), []), {}, ValueError, "D: expected a list of at least one matrix"),
-        ((torch.eye(4), torch.zeros(2, 4)), {"filter": "qr"}, ValueError, "filter: expected one of pinv, ridge, spectral, got 'qr'"),
+        (
+            (torch.eye(4), torch.zeros(2, 4)),
+            {"filter": "qr"},
+            ValueError,
+            "filter: expected one of pinv, ridge, spectral, got 'qr'",
+        ),
         ((torch.eye(4), torch.zeros(2, 4)), {"filter": "ridge"}, ValueError, "ridge: expected a number above 0"),
-        ((torch.eye(4), torch.zeros(2, 4)), {"ridge": 1.0}, ValueError, "ridge: expected 0 with filter='pinv', got 1.0"),
-        ((torch.eye(4), torch.zeros(2, 4)), {"rcond": -1.0}, ValueError, "rcond: expected a finite number of at least 0"),
-        ((torch.eye(4), torch.zeros(2, 4)), {"anchor": torch.zeros(2, 4)}, ValueError, "anchor: expected None with filter='pinv'"),
+        (
+            (torch.eye(4), torch.zeros(2, 4)),
+            {"ridge": 1.0},
+            ValueError,
+            "ridge: expected 0 with filter='pinv', got 1.0",
+        ),
+        (
+            (torch.eye(4), torch.zeros(2, 4)),
+            {"rcond": -1.0},
+            ValueError,
+            "rcond: expected a finite number of at least 0",
+        ),
+        (
+            (torch.eye(4), torch.zeros(2, 4)),
+            {"anchor": torch.zeros(2, 4)},
+            ValueError,
+            "anchor: expected None with filter='pinv'",
+        ),
         (
             (torch.eye(4), torch.zeros(2, 4)),
             {"filter": "spectral", "anchor": torch.zeros(3, 4)},
@@ -202,7 +227,11 @@ def test_features_equal_the_minimum_norm_least_squares(tokens, dtype):
     xs, ts = features(tokens, 24, 5, dtype)
     weight = [torch.rand(t) for t in tokens]
     for weights in (None, weight):
-        roots = [torch.ones(t, dtype=torch.float64) for t in tokens] if weights is None else [w.double().sqrt() for w in weights]
+        roots = (
+            [torch.ones(t, dtype=torch.float64) for t in tokens]
+            if weights is None
+            else [w.double().sqrt() for w in weights]
+        )
         rows = [r.unsqueeze(1) * x.double() for r, x in zip(roots, xs)]
         targets = torch.cat([row @ t.double().T for row, t in zip(rows, ts)])
         exact = (torch.linalg.pinv(torch.cat(rows)) @ targets).T
@@ -254,12 +283,36 @@ def test_features_without_tokens_give_zero():
         ([], [], {}, ValueError, "xs: expected at least one matrix, got none"),
         ([torch.ones(2, 3)], [], {}, ValueError, "ts: expected 1 matrices"),
         ([torch.ones(2, 3)], [torch.ones(4)], {}, ValueError, r"ts\[0\]: expected \[out, in\]"),
-        ([torch.ones(2, 3), torch.ones(2)], [torch.ones(4, 3)] * 2, {}, ValueError, r"xs\[1\]: expected \[tokens, in\]"),
+        (
+            [torch.ones(2, 3), torch.ones(2)],
+            [torch.ones(4, 3)] * 2,
+            {},
+            ValueError,
+            r"xs\[1\]: expected \[tokens, in\]",
+        ),
         ([torch.ones(2, 5)], [torch.ones(4, 3)], {}, ValueError, r"xs\[0\]: expected shape \[2, 3\], got \[2, 5\]"),
         ([torch.ones(2, 3)] * 2, [torch.ones(4, 3), torch.ones(5, 3)], {}, ValueError, r"ts\[1\]: expected shape"),
-        ([torch.ones(2, 3)], [torch.ones(4, 3).int()], {}, TypeError, r"ts\[0\]: expected float64 or float32, got int32"),
-        ([torch.ones(2, 3)], [torch.ones(4, 3)], {"weight": [torch.ones(3)]}, ValueError, r"weight\[0\]: expected shape \[2\]"),
-        ([torch.ones(2, 3)], [torch.ones(4, 3)], {"weight": [-torch.ones(2)]}, ValueError, r"weight\[0\]: expected factors"),
+        (
+            [torch.ones(2, 3)],
+            [torch.ones(4, 3).int()],
+            {},
+            TypeError,
+            r"ts\[0\]: expected float64 or float32, got int32",
+        ),
+        (
+            [torch.ones(2, 3)],
+            [torch.ones(4, 3)],
+            {"weight": [torch.ones(3)]},
+            ValueError,
+            r"weight\[0\]: expected shape \[2\]",
+        ),
+        (
+            [torch.ones(2, 3)],
+            [torch.ones(4, 3)],
+            {"weight": [-torch.ones(2)]},
+            ValueError,
+            r"weight\[0\]: expected factors",
+        ),
         ([torch.full((2, 3), torch.inf)], [torch.ones(4, 3)], {}, ValueError, "xs contains NaN or Inf"),
     ],
 )

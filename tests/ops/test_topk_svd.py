@@ -94,7 +94,9 @@ def test_spectra(values):
 def test_rank_below_k(shape):
     mat = with_spectrum(*shape, torch.tensor([4.0, 2.0]))
     result = topk_svd([mat], 4, vectors=True)
-    torch.testing.assert_close(result.S[0], torch.tensor([4.0, 2.0, 0.0, 0.0], dtype=torch.float64), rtol=1e-9, atol=1e-7)
+    torch.testing.assert_close(
+        result.S[0], torch.tensor([4.0, 2.0, 0.0, 0.0], dtype=torch.float64), rtol=1e-9, atol=1e-7
+    )
     torch.testing.assert_close(result.U[0].T @ result.U[0], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-7)
     torch.testing.assert_close(result.Vh[0] @ result.Vh[0].T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-7)
 
@@ -107,14 +109,24 @@ def test_zero_matrix(shape):
 
 
 @pytest.mark.parametrize("shape", [(10, 10), (100, 70)])
-@pytest.mark.parametrize(("scale", "dtype"), [(1e-30, torch.float32), (1e30, torch.float32), (1e-200, torch.float64), (1e200, torch.float64)])
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1e-30, torch.float32), (1e30, torch.float32), (1e-200, torch.float64), (1e200, torch.float64)]
+)
 def test_extreme_scales(shape, scale, dtype):
     mat = torch.randn(shape, dtype=torch.float64)
     plain, scaled = topk_svd([mat], 3).S[0], topk_svd([(mat * scale).to(dtype)], 3).S[0]
     torch.testing.assert_close(scaled.double() / scale, plain, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float64),
+    ],
+)
 @pytest.mark.parametrize("shape", [(20, 40), (90, 70)])
 def test_minus(shape, dtype, other):
     mat, sub = torch.randn(shape).to(dtype), torch.randn(shape).to(other)
@@ -148,10 +160,14 @@ def test_does_not_depend_on_threads(shape, with_threads):
     assert torch.equal(one.passes, two.passes)
 
 
-@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[::2], lambda x: x[:, ::2], lambda x: x[5:, 3:], lambda x: x.T[::3, 1:]])
+@pytest.mark.parametrize(
+    "view", [lambda x: x.T, lambda x: x[::2], lambda x: x[:, ::2], lambda x: x[5:, 3:], lambda x: x.T[::3, 1:]]
+)
 def test_strides(view):
     mat, minus = view(torch.randn(120, 130)), view(torch.randn(120, 130))
-    ours, dense = (topk_svd([f(mat)], 3, minus=[f(minus)], vectors=True, tol=1e-6) for f in (lambda x: x, Tensor.contiguous))
+    ours, dense = (
+        topk_svd([f(mat)], 3, minus=[f(minus)], vectors=True, tol=1e-6) for f in (lambda x: x, Tensor.contiguous)
+    )
     torch.testing.assert_close(ours.S[0], dense.S[0], rtol=1e-5, atol=0)
     projection = (ours.U[0].T @ (mat - minus) @ ours.Vh[0].T).diagonal()
     torch.testing.assert_close(projection, ours.S[0], rtol=1e-4, atol=1e-4)
@@ -166,7 +182,14 @@ def test_k_up_to_the_smallest_dimension():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 6), st.sampled_from(DTYPES), st.floats(0, 3), st.integers(0, 2**31))
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(1, 6),
+    st.sampled_from(DTYPES),
+    st.floats(0, 3),
+    st.integers(0, 2**31),
+)
 def test_any_shape(m, n, k, dtype, decay, seed):
     generator = torch.Generator().manual_seed(seed)
     scales = torch.arange(1, n + 1) ** -decay
@@ -182,18 +205,42 @@ NAN = torch.full((3, 3), torch.nan)
 @pytest.mark.parametrize(
     ("mats", "k", "options", "error", "message"),
     [
-        ([torch.zeros(3, 3), torch.zeros(2, 9)], 3, {}, ValueError, r"k: expected at most 2, the smaller dimension of mats\[1\] \[2, 9\], got 3"),
+        (
+            [torch.zeros(3, 3), torch.zeros(2, 9)],
+            3,
+            {},
+            ValueError,
+            r"k: expected at most 2, the smaller dimension of mats\[1\] \[2, 9\], got 3",
+        ),
         ([torch.zeros(3, 0)], 1, {}, ValueError, "k: expected at most 0"),
         ([torch.zeros(3, 3)], 0, {}, ValueError, "k: expected an integer of at least 1, got 0"),
         (torch.zeros(3, 3), 1, {}, ValueError, r"mats: expected \[B, m, n\] or a list of matrices, got \[3, 3\]"),
         ([torch.zeros(3)], 1, {}, ValueError, r"mats\[0\]: expected a matrix \[m, n\], got \[3\]"),
         ([torch.zeros(3, 3).int()], 1, {}, TypeError, r"mats\[0\]: expected float64 .*, got int32"),
-        ([torch.zeros(3, 3)], 1, {"minus": []}, ValueError, "minus: expected 1 tensors, one for every one of mats, got 0"),
-        ([torch.zeros(3, 3)], 1, {"minus": [torch.zeros(3, 4)]}, ValueError, r"minus\[0\]: expected shape \[3, 3\], got \[3, 4\]"),
+        (
+            [torch.zeros(3, 3)],
+            1,
+            {"minus": []},
+            ValueError,
+            "minus: expected 1 tensors, one for every one of mats, got 0",
+        ),
+        (
+            [torch.zeros(3, 3)],
+            1,
+            {"minus": [torch.zeros(3, 4)]},
+            ValueError,
+            r"minus\[0\]: expected shape \[3, 3\], got \[3, 4\]",
+        ),
         ([torch.zeros(3, 3)], 1, {"tol": 0}, ValueError, "tol: expected a number between 0 and 1, got 0"),
         ([torch.zeros(3, 3)], 1, {"max_passes": 0}, ValueError, "max_passes: expected at least 1, got 0"),
         ([torch.zeros(3, 3), NAN, NAN], 1, {}, ValueError, r"mats\[1\] contains NaN or Inf"),
-        ([torch.zeros(600, 600), torch.full((600, 600), torch.inf)], 1, {}, ValueError, r"mats\[1\] contains NaN or Inf"),
+        (
+            [torch.zeros(600, 600), torch.full((600, 600), torch.inf)],
+            1,
+            {},
+            ValueError,
+            r"mats\[1\] contains NaN or Inf",
+        ),
         ([torch.zeros(3, 3)], 1, {"minus": [NAN]}, ValueError, r"mats\[0\] - minus\[0\] contains NaN or Inf"),
     ],
 )

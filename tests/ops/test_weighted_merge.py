@@ -22,7 +22,9 @@ def model(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SH
 
 
 def exact_merge(base: list[Tensor], tasks: list[list[Tensor]], coefficients: Tensor) -> list[Tensor]:
-    return weighted_merge_reference([b.double() for b in base], [[t.double() for t in task] for task in tasks], coefficients.double())
+    return weighted_merge_reference(
+        [b.double() for b in base], [[t.double() for t in task] for task in tasks], coefficients.double()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,7 +49,9 @@ def test_zero_task_vectors_return_the_base(dtype):
 
 
 def test_rounding_of_half_types_is_torchs():
-    values = torch.cat([torch.randn(5000), torch.randn(5000) * 1e-7, torch.tensor([65519.0, 65520.0, 1e30, torch.inf, -torch.inf])])
+    values = torch.cat(
+        [torch.randn(5000), torch.randn(5000) * 1e-7, torch.tensor([65519.0, 65520.0, 1e30, torch.inf, -torch.inf])]
+    )
     for dtype in (torch.bfloat16, torch.float16):
         base = torch.zeros(len(values), dtype=dtype)
         assert torch.equal(weighted_merge([base], [[values]], [1.0])[0], values.to(dtype))
@@ -175,7 +179,9 @@ def test_quantisation_follows_the_published_formula(bits):
     step = ((x.max() - x.min()) / (2**bits - 1)).float().double()
     zero = -torch.round(x.min() / step)
     codes = (torch.round(x / step) + zero).clamp(0, 2**bits - 1)
-    torch.testing.assert_close(QuantizedTensor.quantize(x, bits).dequantize(torch.float64), step * (codes - zero), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        QuantizedTensor.quantize(x, bits).dequantize(torch.float64), step * (codes - zero), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_constants_are_kept_exactly():
@@ -199,7 +205,9 @@ def test_bad_quantisation_arguments_are_named():
     with pytest.raises(ValueError, match="tensor: expected finite values, got NaN or Inf"):
         QuantizedTensor.quantize(torch.tensor([torch.nan]), 4)
     q = QuantizedTensor.quantize(torch.ones(30), 4)
-    with pytest.raises(ValueError, match=r"codes: expected torch.uint8 of shape \[16\], got torch.uint8 of shape \[15\]"):
+    with pytest.raises(
+        ValueError, match=r"codes: expected torch.uint8 of shape \[16\], got torch.uint8 of shape \[15\]"
+    ):
         QuantizedTensor(q.codes[:15], q.scale, q.zero_point, 4, q.group_size, q.shape)
 
 
@@ -209,15 +217,35 @@ ONE = [torch.ones(3)]
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((ONE, [[torch.ones(4)]], [1.0]), ValueError, r"task_vectors\[0\]\[0\]: expected shape \[3\] as of base\[0\], got \[4\]"),
-        ((ONE, [ONE, []], [1.0, 1.0]), ValueError, r"task_vectors\[1\]: expected 1 tensors, one for every one of base, got 0"),
+        (
+            (ONE, [[torch.ones(4)]], [1.0]),
+            ValueError,
+            r"task_vectors\[0\]\[0\]: expected shape \[3\] as of base\[0\], got \[4\]",
+        ),
+        (
+            (ONE, [ONE, []], [1.0, 1.0]),
+            ValueError,
+            r"task_vectors\[1\]: expected 1 tensors, one for every one of base, got 0",
+        ),
         ((ONE, [ONE], [1.0, 2.0]), ValueError, r"coefficients: expected shape \[1\], got \[2\]"),
-        ((ONE, [ONE], torch.ones(2, 1)), ValueError, r"coefficients: expected shape \[K\] = \[1\] or \[L, K\] = \[1, 1\], got \[2, 1\]"),
+        (
+            (ONE, [ONE], torch.ones(2, 1)),
+            ValueError,
+            r"coefficients: expected shape \[K\] = \[1\] or \[L, K\] = \[1, 1\], got \[2, 1\]",
+        ),
         ((ONE, [ONE], torch.ones(1, dtype=torch.int64)), TypeError, "coefficients: expected float64 .*, got int64"),
         (([torch.ones(3).long()], [ONE], [1.0]), TypeError, r"base\[0\]: expected float64 .*, got int64"),
         ((ONE, [[torch.ones(3).long()]], [1.0]), TypeError, r"task_vectors\[0\]\[0\]: expected float64 .*, got int64"),
-        ((ONE, torch.ones(1, 1, 3), [1.0]), TypeError, "task_vectors: expected a sequence of K sequences of tensors, got Tensor"),
-        ((ONE, [[torch.ones(3, device="meta")]], [1.0]), ValueError, r"task_vectors\[0\]\[0\]: expected a tensor on cpu"),
+        (
+            (ONE, torch.ones(1, 1, 3), [1.0]),
+            TypeError,
+            "task_vectors: expected a sequence of K sequences of tensors, got Tensor",
+        ),
+        (
+            (ONE, [[torch.ones(3, device="meta")]], [1.0]),
+            ValueError,
+            r"task_vectors\[0\]\[0\]: expected a tensor on cpu",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):

@@ -119,7 +119,7 @@ def _drift_curves(comparison: Comparison) -> str:
 
 def _heatmap(row: Row) -> str:
     coefficients = row.coefficients
-    values = coefficients["values"].T
+    values = coefficients["values"].T.numpy()
     figure, axes = _figure(11, 2.6)
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set_yticks(range(len(coefficients["tasks"])), coefficients["tasks"])

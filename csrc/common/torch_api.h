@@ -60,6 +60,10 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> size,
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
 }
 
+inline Tensor slice(Tensor x, int64_t dim, int64_t start, int64_t length) {
+  return torch::stable::narrow(x, dim, start, length);
+}
+
 inline Tensor reshape(const Tensor& x, std::initializer_list<int64_t> size) {
   return torch::stable::reshape(x, torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()));
 }

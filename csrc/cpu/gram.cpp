@@ -100,7 +100,7 @@ void accumulate_large(Tensor gram, const Tensor& x, const Tensor* other, const A
   const int64_t rows = x.sizes()[0], columns = x.sizes()[1];
   // Rows [first, first + n) of m, times their weights if w is given: m itself where it has the Gram's type already.
   const auto tile_of = [&](const Tensor& m, int64_t first, int64_t n, const Acc* w) {
-    Tensor rows_of_m = torch::stable::narrow(const_cast<Tensor&>(m), 0, first, n);
+    Tensor rows_of_m = slice(m, 0, first, n);
     if (m.scalar_type() == gram.scalar_type() && !w) return rows_of_m;
     Tensor tile = new_empty(gram, {n, m.sizes()[1]}, gram.scalar_type());
     const Matrix matrix(rows_of_m, "x");
@@ -120,19 +120,20 @@ void accumulate_large(Tensor gram, const Tensor& x, const Tensor* other, const A
     }
     for (int64_t c = 0; c < columns; c += kPanel) {
       const int64_t width = std::min(kPanel, columns - c);
-      Tensor below = torch::stable::narrow(gram, 0, c, columns - c);
-      Tensor panel = torch::stable::narrow(below, 1, c, width);
-      addmm_(panel, torch::stable::narrow(left, 0, c, columns - c), torch::stable::narrow(right, 1, c, width));
+      Tensor below = slice(gram, 0, c, columns - c);
+      Tensor panel = slice(below, 1, c, width);
+      addmm_(panel, slice(left, 0, c, columns - c), slice(right, 1, c, width));
     }
   }
 }
 
-Tensor matrix_of(Tensor& batch, int64_t index) {
+Tensor matrix_of(const Tensor& batch, int64_t index) {
   return call_aten<1>("aten::select", "int", batch, int64_t{0}, index)[0];
 }
 
 template <class Acc>
-void accumulate(Tensor& gram, Tensor& x, const std::optional<Tensor>& weight, std::optional<Tensor>& other) {
+void accumulate(const Tensor& gram, const Tensor& x, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& other) {
   const int64_t batches = x.sizes()[0], rows = x.sizes()[1], columns = x.sizes()[2];
   std::optional<Tensor> w;
   if (weight) w = dense(to_dtype(*weight, gram.scalar_type()));

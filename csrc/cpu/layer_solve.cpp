@@ -144,7 +144,7 @@ std::pair<Tensor, Report> solve_large(const Tensor& c, int64_t n, double rcond, 
   std::vector<double> values(data(ascending), data(ascending) + n);
   std::reverse(values.begin(), values.end());
   const Report report = cut_spectrum(values.data(), n, rcond);
-  Tensor kept = torch::stable::narrow(vectors, 1, n - report.rank, report.rank);
+  Tensor kept = slice(vectors, 1, n - report.rank, report.rank);
   Tensor coordinates = dense(aten::matmul(rows, kept));
   divide_columns(coordinates, data(ascending) + n - report.rank);
   return {aten::matmul(coordinates, aten::transpose(kept)), report};
@@ -196,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional
     });
   } else {
     for (int64_t b = 0; b < batches; ++b) {
-      Tensor target = reshape(torch::stable::narrow(rows, 0, b, 1), {m, n});
-      const Tensor matrix = reshape(torch::stable::narrow(full, 0, b, 1), {n, n});
+      Tensor target = reshape(slice(rows, 0, b, 1), {m, n});
+      const Tensor matrix = reshape(slice(full, 0, b, 1), {n, n});
       const auto [solution, report] = solve_large(matrix, n, rcond, target);
       torch::stable::copy_(target, solution);
       reports.set(b, report);
@@ -238,8 +238,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve_features(TensorList xs, TensorLis
   }
   auto [u, s, vh] = call_aten<3>("aten::linalg_svd", "", x, false, std::optional<std::string>());
   Report report = cut_spectrum(data(s), std::min(tokens, n), rcond);
-  Tensor left = torch::stable::narrow(u, 1, 0, report.rank);
-  Tensor right = torch::stable::narrow(vh, 0, 0, report.rank);
+  Tensor left = slice(u, 1, 0, report.rank);
+  Tensor right = slice(vh, 0, 0, report.rank);
   const Tensor coordinates = dense(aten::matmul(aten::transpose(y), left));
   divide_columns(coordinates, data(s));
   report.condition *= report.condition;  // of the Gram matrix XᵀX, as layer_solve reports it

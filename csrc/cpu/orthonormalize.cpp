@@ -1,4 +1,4 @@
-// Classical Gram–Schmidt, twice ("twice is enough": Giraud, Langou and Rozložník 2005).
+// Gram–Schmidt, twice ("twice is enough": Giraud, Langou and Rozložník 2005).
 #include "cpu/orthonormalize.h"
 
 #include <algorithm>

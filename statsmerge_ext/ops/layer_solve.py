@@ -1,5 +1,7 @@
-"""layer_solve: the linear system behind LOT Merging, RegMean and their relatives, T · C = D with C symmetric and
-positive semidefinite; its thin form from the features themselves; and its diagonal form for norm scales and embeddings."""
+"""layer_solve: T · C = D for symmetric positive semidefinite C, the system behind LOT Merging, RegMean and the like.
+
+Beside it its thin form, from the features themselves, and its diagonal form, for norm scales and embeddings.
+"""
 
 from __future__ import annotations
 

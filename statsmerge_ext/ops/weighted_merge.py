@@ -49,9 +49,10 @@ def weighted_merge(base: Any, task_vectors: Sequence[Any], coefficients: Any) ->
 
 
 class _Flat(NamedTuple):
-    """K · L task vectors, task by task, as the raw operator takes them; scales and the rest are empty if none is
-    quantised,
-    and bits 0 marks a floating-point one otherwise."""
+    """K · L task vectors, task by task, as the raw operator takes them.
+
+    If none is quantised, everything but `tensors` is empty; otherwise bits 0 marks a floating-point one.
+    """
 
     tensors: list[Tensor]
     scales: list[Tensor]

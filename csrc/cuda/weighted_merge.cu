@@ -1,5 +1,7 @@
 // weighted_merge and its gradient on CUDA: arguments to device memory, one launch a pass.
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "common/merge_operands.h"
 #include "cuda/weighted_merge.cuh"
@@ -48,7 +50,8 @@ class Tables {
 
 cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const auto error = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
+  if (error != TORCH_SUCCESS) throw std::runtime_error("weighted_merge: no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 

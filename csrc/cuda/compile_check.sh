@@ -1,12 +1,11 @@
-#!/ usr / bin / env bash
-#Compiles every CUDA kernel for every supported architecture against the installed torch, CUDA or not; needs no GPU.
-#Usage : csrc / cuda / compile_check.sh[ARCH...] PYTHON = python and NVCC = nvcc name the tools.
+#!/usr/bin/env bash
+# Compiles every CUDA kernel for every supported architecture against the installed torch, CUDA or not; needs no GPU.
+# Usage: csrc/cuda/compile_check.sh [ARCH ...]     PYTHON=python and NVCC=nvcc name the tools.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 architectures=("$@")
-[[ ${
-#architectures[@]} -gt 0 ]] || architectures=(80 90a 100)
+[[ ${#architectures[@]} -gt 0 ]] || architectures=(80 90a 100)
 mapfile -t includes < <("${PYTHON:-python}" -c \
   "from torch.utils.cpp_extension import include_paths; print(*('-I' + path for path in include_paths()), sep='\n')")
 

@@ -83,6 +83,12 @@ def test_splits_depend_on_the_seed_alone():
     assert one.fingerprint == two.fingerprint
 
 
+def test_what_is_drawn_of_a_large_split_depends_on_the_seed():
+    examples = make_examples(test=np.arange(240) >= 120)
+    drawn = [set(members(make_splits(examples, SIZES, seed).test, examples)) for seed in (1, 2)]
+    assert len(drawn[0] & drawn[1]) < 18
+
+
 def test_the_fingerprint_changes_with_classes_and_labels():
     examples = make_examples()
     renamed = Examples(examples.inputs, examples.labels, ("a", "b", "d"), examples.groups)

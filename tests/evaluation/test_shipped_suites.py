@@ -24,7 +24,9 @@ def tasks_of(name):
 
 
 def ships(name):
-    return tasks_of(name) == set(get_suite(name).provenance.get("tasks", {}))
+    suite = get_suite(name)
+    made = set(suite.provenance.get("tasks", {}))
+    return made == tasks_of(name) == {path.stem for path in suite.assets.glob("*.npz")}
 
 
 SHIPPED = [name for name in list_suites() if ships(name)]

@@ -1,5 +1,4 @@
-// Floating-point storage types as bit patterns, without torch: conversions that a compiler vectorises, and a reader
-// that turns a run of any supported element type into float or double.
+// Floating-point storage types as bit patterns, without torch: conversions that a compiler vectorises.
 #pragma once
 
 #include <bit>

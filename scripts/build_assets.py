@@ -1,6 +1,6 @@
 """Rebuild the task suites' experts from scratch: fetch the data, fine-tune, quantise, evaluate, note where it comes from.
 
-    python scripts/build_assets.py [--suite vision8] [--task mnist] [--threads 2]
+    python scripts/build_assets.py [--suite vision8] [--task mnist] [--threads 2] [--measure-only]
 
 Each expert takes one to three minutes on one core. Which hyperparameters the methods use on a suite is chosen afterwards, by
 scripts/choose_hyperparameters.py.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import statsmerge_ext
+from statsmerge_ext.checkpoints.writing import atomic_output
 from statsmerge_ext.evaluation.run import evaluate_task
 from statsmerge_ext.evaluation.suites import Suite, get_suite, list_suites
 from statsmerge_ext.evaluation.suites.assets import write_expert
@@ -70,26 +70,26 @@ def take(inputs: Tensor | dict[str, Tensor], rows: Tensor) -> Tensor | dict[str,
 
 
 def build(suite: Suite, name: str) -> dict:
-    """Make and store one expert; returns its facts for the provenance file."""
-    base = suite.load_base()
-    before = evaluate_task(base, suite, name)
+    """Make and store one expert; returns what only its making can tell."""
     start = time.perf_counter()
     model = fine_tune(suite, name)
     seconds = time.perf_counter() - start
-    trained = evaluate_task(model, suite, name)
-    path = suite.expert_path(name)
-    write_expert(path, base.state_dict(), model.state_dict(), suite.definition.training.step)
-    model.load_state_dict(suite.load_expert(name))
+    base = suite.load_base().state_dict()
+    write_expert(suite.expert_path(name), base, model.state_dict(), suite.definition.training.step)
+    return {"seconds": round(seconds, 1), "test accuracy before quantisation": evaluate_task(model, suite, name)}
+
+
+def measure(suite: Suite, name: str) -> dict:
+    """What an expert is now: its data, size, and accuracies beside the base's."""
+    base, expert = suite.load_base(), suite.load_base()
+    expert.load_state_dict(suite.load_expert(name))
     return {
         "data": suite.task(name).data_fingerprint,
+        "bytes": suite.expert_path(name).stat().st_size,
         "accuracy": {
-            "base": before,
-            "expert before quantisation": trained,
-            "expert": evaluate_task(model, suite, name),
-            "expert on validation": evaluate_task(model, suite, name, "validation"),
+            split: {"base": evaluate_task(base, suite, name, split), "expert": evaluate_task(expert, suite, name, split)}
+            for split in ("validation", "test")
         },
-        "bytes": path.stat().st_size,
-        "seconds": round(seconds, 1),
     }
 
 
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--suite", action="append", choices=list_suites(), help="default: all")
     parser.add_argument("--task", action="append", help="default: all of the suite")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--measure-only", action="store_true", help="keep the experts, note their accuracies again")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for suite_name in options.suite or list_suites():
@@ -117,14 +118,11 @@ def main() -> None:
         }
         facts.setdefault("tasks", {})
         for name in options.task or suite.task_names:
-            facts["tasks"][name] = build(suite, name)
+            made = facts["tasks"].get(name, {}) if options.measure_only else build(suite, name)
+            facts["tasks"][name] = {**made, **measure(suite, name)}
             print(name, json.dumps(facts["tasks"][name]["accuracy"]), flush=True)
-            write_json(file, facts)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+            with atomic_output(file, overwrite=True) as temporary:
+                temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class LayerSolver:
         problem: its evidence holds C and D.
         shrink: (leader, C) -> C, and
         shrink_product: (layer, D) -> D: what a method makes of them before solving.
-        rcond: eigenvalues of C up to rcond × the largest count as zero. None: the number of features × the float32
-            epsilon, since that is what float32 features tell of a direction; not the epsilon of C's own dtype.
+        rcond: eigenvalues of C up to rcond × the largest count as zero. None: the float32 epsilon, since the
+            features are float32 whatever C's own dtype is.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LayerSolver:
         members = self._members[leader]
         gram = self._shrink(leader, self._evidence.grams[leader])
         products = [self._shrink_product(layer, self._evidence.products[layer.name]) for layer in members]
-        rcond = gram.shape[-1] * torch.finfo(torch.float32).eps if self._rcond is None else self._rcond
+        rcond = torch.finfo(torch.float32).eps if self._rcond is None else self._rcond
         solution = ops.layer_solve(gram, products, rcond=rcond)
         for layer, task_vector in zip(members, solution.T, strict=True):
             self._solved[layer.name] = task_vector

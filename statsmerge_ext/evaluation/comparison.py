@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from statsmerge_ext.engine.merging import MergeResult, merge
+from statsmerge_ext.errors import MethodError
 from statsmerge_ext.evaluation.drift import feature_drift
 from statsmerge_ext.evaluation.run import evaluate_experts, evaluate_model
 from statsmerge_ext.evaluation.suites import Suite
 from statsmerge_ext.evidence import GramEvidence, collect_grams
 from statsmerge_ext.layers import find_layers
 from statsmerge_ext.methods import get_method
+from statsmerge_ext.methods.registry import nearest
 
 #: The rows of a comparison, in order: "method" or "method/variant", as keyed in a suite's hyperparameters.
 ENTRIES = (
@@ -79,7 +82,17 @@ class Comparison:
     def recovered(self, row: Row) -> float:
         """Share of the gap between base and experts that ``row`` recovers."""
         base, experts = self.rows["base"].average(), self.rows["experts"].average()
-        return (row.average() - base) / (experts - base)
+        return (row.average() - base) / (experts - base) if experts != base else math.nan
+
+
+def check_entries(entries: Sequence[str], seeds: int) -> None:
+    """Raise MethodError for a row that cannot be made: an unknown method or variant, or no seed at all."""
+    if seeds < 1:
+        raise MethodError(f"seeds: expected at least 1, got {seeds}")
+    for entry in entries:
+        get_method(entry.partition("/")[0])
+        if "/" in entry and entry not in ENTRIES:
+            raise MethodError(f"unknown entry {entry!r}{nearest(entry, ENTRIES)}; known: {', '.join(ENTRIES)}")
 
 
 def merge_suite(
@@ -135,7 +148,10 @@ def compare(
 
     A seed draws the calibration samples and everything random in training. Methods that never look at data are merged
     once: they have no spread. Gram evidence is collected once a seed and its time counted for each method that uses it.
+
+    Raises MethodError for an unknown entry or less than one seed.
     """
+    check_entries(entries, seeds)
     models = base, experts = load_models(suite)
     rows = {
         "base": Row("base", [evaluate_model(base, suite, progress=progress)]),

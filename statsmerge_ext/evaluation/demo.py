@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from statsmerge_ext.evaluation.comparison import ENTRIES, Comparison, compare
+from statsmerge_ext.evaluation.comparison import ENTRIES, Comparison, check_entries, compare
 from statsmerge_ext.evaluation.report import format_table, write_report
 from statsmerge_ext.evaluation.suites import get_suite
 
@@ -30,11 +30,13 @@ def run_demo(
         DataError: a suite is unknown or its data can be had neither from the cache nor from a package registry.
         MethodError: an unknown method.
     """
+    entries = methods or ENTRIES
+    check_entries(entries, seeds)
     comparisons = []
     for name in suites:
         suite = get_suite(name)
         notes = suite.prepare(progress=progress)
-        comparison = compare(suite, methods or ENTRIES, seeds=seeds, progress=progress)
+        comparison = compare(suite, entries, seeds=seeds, progress=progress)
         comparison.notes = list(notes)
         print(f"\n{name}: test accuracy, %, {comparison.samples} unlabelled samples a task, {seeds} seed(s)")
         print("\n".join([*notes, format_table(comparison)]), flush=True)

@@ -33,13 +33,16 @@ def feature_drift(
     for name, expert in experts.items():
         with _outputs(model) as ours, torch.inference_mode():
             forward(model, batches[name])
-        model.load_state_dict(dict(expert), strict=False)
-        with _outputs(model) as theirs, torch.inference_mode():
-            forward(model, batches[name])
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(dict(expert), strict=False)
+            with _outputs(model) as theirs, torch.inference_mode():
+                forward(model, batches[name])
+        finally:
+            model.load_state_dict(state)
         for layer in ours:
-            change = (ours[layer].double() - theirs[layer].double()).norm() / theirs[layer].double().norm()
-            sums[layer] = sums.get(layer, 0.0) + float(change) / len(experts)
+            change = (ours[layer].double() - theirs[layer].double()).norm()
+            size = theirs[layer].double().norm().clamp_min(torch.finfo(torch.float32).tiny)
+            sums[layer] = sums.get(layer, 0.0) + float(change / size) / len(experts)
     return sums
 
 

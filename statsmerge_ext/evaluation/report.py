@@ -35,7 +35,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
                 row.name,
                 *(f"{100 * row.mean(task):.1f}" for task in comparison.tasks),
                 average,
-                f"{100 * comparison.recovered(row):.0f} %",
+                "–" if math.isnan(comparison.recovered(row)) else f"{100 * comparison.recovered(row):.0f} %",
                 f"{sorted(row.seconds)[len(row.seconds) // 2]:.1f}" if row.seconds else "",
             ]
         )

@@ -171,7 +171,8 @@ def patches(
     in the order of the weight's own flattening, for any number of spatial dimensions."""
     dims = len(kernel)
     x = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    x = F.pad(x, [side for pair in reversed(padding) for side in pair])
+    # Unfolding copies single elements: channel-last memory would make every one of them a cache miss.
+    x = F.pad(x.contiguous(), [side for pair in reversed(padding) for side in pair])
     for axis in range(dims):
         x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])[..., :: dilation[axis]]
     # [N, C, *positions, *kernel] -> [groups, N, *positions, C / groups, *kernel]

@@ -23,8 +23,7 @@ def lot(problem: MergeProblem, *, scaling_factor: float = 1.2, rcond: float | No
 
     Args:
         scaling_factor: λ; the paper uses 1.2 (ViT-B/32) and 1.5 (ViT-L/14).
-        rcond: eigenvalues of Σ G_k up to rcond × the largest count as zero. None: the number of features × the
-            float32 epsilon, which is what the pseudo-inverse of a float32 Gram matrix resolves.
+        rcond: eigenvalues of Σ G_k up to rcond × the largest count as zero; None: the float32 epsilon.
     """
     evidence = problem.evidence
     solver = LayerSolver(problem, rcond=rcond)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from statsmerge_ext.errors import DataError
+from statsmerge_ext.errors import CheckpointError, DataError
 from statsmerge_ext.evaluation.datasets import packages
 from statsmerge_ext.evaluation.run import evaluate_task
 from statsmerge_ext.evaluation.suites import Suite, get_suite, list_suites, register_suite
@@ -254,7 +254,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("os.replace", refuse)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match="no space left"):
         write_expert(tmp_path / "x.npz", base, make_expert(base, 1.0), 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"] and (tmp_path / "x.npz").read_bytes() == before
 
@@ -294,7 +294,7 @@ def test_a_damaged_expert_never_passes(tmp_path):
     ],
 )
 def test_a_foreign_expert_is_refused(tmp_path, arrays, message):
-    np.savez_compressed(tmp_path / "x.npz", **arrays)
+    np.savez(tmp_path / "x.npz", **arrays, entries=np.array(sorted(arrays)))
     with pytest.raises(DataError, match=message):
         read_expert(tmp_path / "x.npz", load_base().state_dict())
 
@@ -313,8 +313,8 @@ def test_experts_made_by_the_script(tiny, tiny_assets):
         expert = tiny.load_expert(name)
         model = load_base()
         model.load_state_dict(expert)
-        assert evaluate_task(model, tiny, name) == fact["accuracy"]["expert"] >= fact["accuracy"]["base"] + 0.1
-        assert evaluate_task(model, tiny, name, "validation") == fact["accuracy"]["expert on validation"]
+        for split, accuracy in fact["accuracy"].items():
+            assert evaluate_task(model, tiny, name, split) == accuracy["expert"] >= accuracy["base"] + 0.1
         for key in base:  # fine-tuning leaves the statistics of BatchNorm alone
             assert torch.equal(expert[key], base[key]) == ("running" in key or "num_batches" in key), key
         assert fact["bytes"] == (tiny_assets / f"{name}.npz").stat().st_size

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from ...checkpoints.writing import atomic_output
 from ...errors import DataError
 from .packages import PackageStore
 from .splits import SPLITS, Dataset, Split, SplitSizes, TaskData, make_splits
@@ -58,17 +57,9 @@ def _write(path: Path, data: TaskData) -> None:
     arrays = {"classes": np.array(data.classes)}
     for name in SPLITS:
         split = getattr(data, name)
-        arrays[f"{name}_inputs"], arrays[f"{name}_labels"] = split.inputs, split.labels
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        arrays |= {f"{name}_{field}": array for field, array in vars(split).items()}
+    with atomic_output(path, overwrite=True) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def _read(path: Path) -> TaskData:
@@ -77,8 +68,9 @@ def _read(path: Path) -> TaskData:
     classes = tuple(str(name) for name in arrays["classes"])
     splits = {}
     for name in SPLITS:
-        inputs, labels = arrays[f"{name}_inputs"], arrays[f"{name}_labels"]
-        if len(inputs) != len(labels) or len(labels) == 0 or set(np.unique(labels)) != set(range(len(classes))):
+        split = Split(**{field: arrays[f"{name}_{field}"] for field in ("inputs", "labels", "rows")})
+        sizes = {len(array) for array in vars(split).values()}
+        if len(sizes) != 1 or set(np.unique(split.labels)) != set(range(len(classes))):
             raise DataError(f"{path}: the {name} split is inconsistent")
-        splits[name] = Split(inputs, labels)
+        splits[name] = split
     return TaskData(classes, **splits)

@@ -36,10 +36,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class Split:
-    """inputs [N, ...] as in Examples and labels int64 [N]."""
+    """inputs [N, ...] as in Examples, labels int64 [N], and rows int64 [N]: their places in the source."""
 
     inputs: np.ndarray
     labels: np.ndarray
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,10 +57,11 @@ class TaskData:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the classes and the order of the labels: changes when other examples were drawn."""
+        """A digest of the classes, labels and places of the examples: changes when others were drawn."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for name in SPLITS:
-            digest.update(getattr(self, name).labels.astype("<i8").tobytes())
+            split = getattr(self, name)
+            digest.update(split.labels.astype("<i8").tobytes() + split.rows.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -107,7 +109,7 @@ def make_splits(examples: Examples, sizes: SplitSizes, seed: int = 0) -> TaskDat
         if missing:
             names = [examples.classes[i] for i in sorted(missing)]
             raise DataError(f"the {name} split has no example of the classes {names}")
-        splits[name] = Split(inputs[chosen], labels[chosen])
+        splits[name] = Split(inputs[chosen], labels[chosen], chosen)
     return TaskData(tuple(examples.classes), **splits)
 
 

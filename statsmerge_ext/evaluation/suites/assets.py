@@ -2,15 +2,17 @@
 
 Training the experts would take longer than everything that is shown with them, so they come with the package. A matrix or
 kernel is stored as whole multiples of a step proportional to its task vector's standard deviation: most are small, so
-that the file's compression brings them to about three bits an element. Vectors (norms, biases) are stored as float16.
+that coding them by their frequencies brings them to 2.6 bits (step 0.7) or 3.1 (step 0.5) an element. Vectors (norms,
+biases) are stored as float16.
+
+The file is an .npz: ``codes/KEY`` is a raw deflate stream of one signed byte an element, ``step/KEY`` its step,
+``plain/KEY`` a vector; ``entries`` lists the others, so that a lost one is noticed.
 The expert is what this file says: all its accuracies are measured after quantisation.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from statsmerge_ext.checkpoints.writing import atomic_output
 from statsmerge_ext.errors import DataError
 
-_CODES, _STEP, _PLAIN = "codes/", "step/", "plain/"
+_CODES, _STEP, _PLAIN, _ENTRIES = "codes/", "step/", "plain/", "entries"
 
 
 def write_expert(path: Path, base: Mapping[str, Tensor], expert: Mapping[str, Tensor], step: float) -> None:
@@ -35,19 +38,11 @@ def write_expert(path: Path, base: Mapping[str, Tensor], expert: Mapping[str, Te
             continue
         # Never so fine that the largest element would not fit: few elements may hold all of a task vector.
         width = max(step * float(task_vector.std(correction=0)), float(task_vector.abs().max()) / 127)
-        arrays[_CODES + key] = (task_vector / width).round().to(torch.int8).numpy()
+        arrays[_CODES + key] = _deflate((task_vector / width).round().to(torch.int8).numpy())
         arrays[_STEP + key] = np.float32(width)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    arrays[_ENTRIES] = np.array(sorted(arrays))
+    with atomic_output(path, overwrite=True) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def read_expert(path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,6 +55,8 @@ def read_expert(path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, zlib and numpy each have their own for damaged or foreign content
         raise DataError(f"{path}: not a readable expert: {error}") from error
+    if arrays.pop(_ENTRIES, np.array([])).tolist() != sorted(arrays):
+        raise DataError(f"{path}: not a whole expert: entries are missing or foreign")
     state = {key: value.clone() for key, value in base.items()}
     for name, array in arrays.items():
         kind, slash, key = name.partition("/")
@@ -68,9 +65,24 @@ def read_expert(path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if kind not in (_CODES, _PLAIN) or (kind == _CODES and _STEP + key not in arrays):
             raise DataError(f"{path}: not an expert: unexpected entry {name!r}")
-        if key not in state or tuple(state[key].shape) != array.shape:
-            expected = tuple(state[key].shape) if key in state else "no such tensor"
-            raise DataError(f"{path}: tensor {key!r} has shape {array.shape}, the base has {expected}")
-        task_vector = torch.from_numpy(array).float()
+        if key not in state:
+            raise DataError(f"{path}: has a tensor {key!r}, the base has none")
+        values = _inflate(path, key, array) if kind == _CODES else array
+        if values.size != state[key].numel() or (kind == _PLAIN and values.shape != tuple(state[key].shape)):
+            raise DataError(f"{path}: tensor {key!r} has {values.size} elements, the base's has {state[key].numel()}")
+        task_vector = torch.from_numpy(values).float().reshape(state[key].shape)
         state[key] += task_vector * float(arrays[_STEP + key]) if kind == _CODES else task_vector
     return state
+
+
+def _deflate(codes: np.ndarray) -> np.ndarray:
+    """By the bytes' frequencies alone: codes are noise, and a search for repeats costs 15 % in size."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return np.frombuffer(compressor.compress(codes.tobytes()) + compressor.flush(), np.uint8)
+
+
+def _inflate(path: Path, key: str, stream: np.ndarray) -> np.ndarray:
+    try:
+        return np.frombuffer(bytearray(zlib.decompress(stream.tobytes(), -zlib.MAX_WBITS)), np.int8)
+    except zlib.error as error:
+        raise DataError(f"{path}: tensor {key!r} is damaged: {error}") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from statsmerge_ext.errors import DataError
-from statsmerge_ext.evaluation.datasets import texts
+from statsmerge_ext.evaluation.datasets import SplitSizes, texts
 from statsmerge_ext.evaluation.suites.definition import SuiteDefinition, TrainingSettings
 
 MAX_TOKENS = 48
@@ -90,5 +90,6 @@ text8 = SuiteDefinition(
     load_base=load_base,
     forward=forward,
     encode=encode,
+    sizes=SplitSizes(train=2000, validation=200, test=300),
     training=TrainingSettings(epochs=4, lr=1e-4, frozen=("embeddings.",), dropout=True, bfloat16=True, step=0.7),
 )

@@ -70,5 +70,5 @@ vision8 = SuiteDefinition(
     load_base=load_base,
     forward=forward,
     encode=encode,
-    training=TrainingSettings(epochs=6, lr=2e-4, augment=shift),
+    training=TrainingSettings(epochs=4, lr=1e-4, augment=shift),
 )

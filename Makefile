@@ -9,7 +9,7 @@ OUT ?= demo-report
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench results clean
+.PHONY: demo test bench results cuda-check clean
 
 demo: $(VENV)/.demo  ## merge both task suites by every method; print the tables, write the report
 	$(BIN)/statsmerge demo --seeds $(SEEDS) --out $(OUT)
@@ -19,6 +19,9 @@ test: $(VENV)/.test  ## run the tests
 
 bench: $(VENV)/.test  ## run the operators' benchmarks beside their peers
 	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+
+cuda-check: $(VENV)/.torch  ## compile the CUDA kernels for every architecture; needs nvcc, not a GPU
+	PYTHON=$(abspath $(BIN))/python csrc/cuda/compile_check.sh
 
 results: $(VENV)/.demo  ## measure docs/results.md again: three seeds
 	$(BIN)/python benchmarks/results.py

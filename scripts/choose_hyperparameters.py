@@ -12,9 +12,11 @@ import argparse
 import itertools
 import json
 import statistics
+from pathlib import Path
 
 import torch
 
+from statsmerge_ext.checkpoints.writing import atomic_output
 from statsmerge_ext.evaluation.comparison import (
     ENTRIES,
     calibration_of,
@@ -30,7 +32,7 @@ LEARNING = {"epochs": [12], "lr_step": [10]}
 STATS_MERGING = {**LEARNING, "of": ["task_vectors"], "lr": [1e-2], "loss": ["cross_entropy", "kl"]}
 GRIDS: dict[str, dict[str, list]] = {
     "linear": {},
-    "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.4, 0.5]},
+    "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 0.7]},
     "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
@@ -50,21 +52,25 @@ def main() -> None:
         suite.prepare()
         models, calibration = load_models(suite), calibration_of(suite)
         evidence = collect_suite_grams(suite, models, calibration)
-        chosen_file, scores_file = suite.assets / "hyperparameters.json", suite.assets / "validation.json"
-        chosen = dict(suite.hyperparameters)
-        scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
         for entry in options.entry or ENTRIES:
             grid = GRIDS[entry]
-            scores[entry] = []
+            scores = []
             for values in itertools.product(*grid.values()):
                 setting = dict(zip(grid, values, strict=True))
                 merged = merge_suite(suite, entry, models, calibration, evidence=evidence, hyperparameters=setting).model
                 accuracy = statistics.fmean(evaluate_model(merged, suite, "validation").values())
-                scores[entry].append({"setting": setting, "accuracy": round(accuracy, 4)})
+                scores.append({"setting": setting, "accuracy": round(accuracy, 4)})
                 print(name, entry, setting, f"{accuracy:.4f}", flush=True)
-            chosen[entry] = max(scores[entry], key=lambda score: score["accuracy"])["setting"]
-            chosen_file.write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
-            scores_file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            best = max(scores, key=lambda score: score["accuracy"])
+            update(suite.assets / "hyperparameters.json", entry, best["setting"])
+            update(suite.assets / "validation.json", entry, scores)
+
+
+def update(path: Path, entry: str, value: object) -> None:
+    """Set one entry of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with atomic_output(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps({**content, entry: value}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

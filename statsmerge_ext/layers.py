@@ -98,17 +98,11 @@ def layers_of_state(state: Mapping[str, Tensor]) -> list[Layer]:
 
     They carry no evidence, which is all that data-free methods need. The statistics of a BatchNorm are no layers.
     """
-    layers = []
-    for key in state:
-        if not state_entry_is_layer(key, state[key]):
-            continue
-        layers.append(Layer(name=key, parameter=key, kind="linear" if state[key].dim() > 1 else "bias"))
-    return layers
-
-
-def state_entry_is_layer(key: str, tensor: Tensor) -> bool:
-    """Whether an entry of a bare state dict is a parameter rather than a buffer, going by its dtype and name."""
-    return tensor.is_floating_point() and not key.endswith(_BUFFER_SUFFIXES)
+    return [
+        Layer(name=key, parameter=key, kind="linear" if tensor.dim() > 1 else "bias")
+        for key, tensor in state.items()
+        if tensor.is_floating_point() and not key.endswith(_BUFFER_SUFFIXES)
+    ]
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -29,21 +29,19 @@ class LayerWiseMergedModel:
         CheckpointError: a model holds NaN or infinity.
     """
 
-    def __init__(self, problem: MergeProblem, task_vectors: Callable[[Layer], list[Tensor]] | None = None) -> None:
-        """``task_vectors`` gives each layer's τ_k where they are not the experts' own (trimmed ones, say)."""
-        task_vectors = task_vectors or problem.task_vectors
+    def __init__(self, problem: MergeProblem) -> None:
         self.problem = problem
         self.layers: list[Layer] = []
         self._base: list[Tensor] = []
         self._task_vectors: list[list[Tensor]] = [[] for _ in problem.experts]
-        changed = {layer.parameter for layer in problem.layers if any(t.any() for t in task_vectors(layer))}
+        changed = {layer.parameter for layer in problem.layers if any(t.any() for t in problem.task_vectors(layer))}
         if not changed:
             raise MethodError("experts: all of them equal the base, so there are no coefficients to learn")
         for layer in problem.layers:
             if layer.parameter in changed:
                 self.layers.append(layer)
                 self._base.append(problem.base_part(layer))
-                for mine, task_vector in zip(self._task_vectors, task_vectors(layer), strict=True):
+                for mine, task_vector in zip(self._task_vectors, problem.task_vectors(layer), strict=True):
                     mine.append(task_vector)
         problem.model.load_state_dict(dict(problem.base), strict=False)
         problem.model.eval().requires_grad_(False)

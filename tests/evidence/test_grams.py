@@ -53,6 +53,18 @@ def test_gram_of_each_expert_uses_its_own_features():
     assert relative_error(evidence.diagonals["2.weight"][:, 0], diagonals) < 1e-12
 
 
+def test_grams_in_float32_take_half_the_memory_and_lose_digits_only():
+    torch.manual_seed(0)
+    base = nn.Linear(5, 7)
+    batches = {"a": [torch.randn(11, 5)]}
+    single, double = (
+        collect(base, {"a": fine_tuned(base, 1)}, batches, gram_dtype=dtype).grams["weight"]
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert single.dtype == torch.float32
+    assert 0 < relative_error(single, double) < 1e-6
+
+
 def test_query_key_and_value_share_a_gram():
     base = tiny_bert()
     evidence = collect(base, {"a": fine_tuned(base, 1)}, {"a": [texts(0), texts(1)]})

@@ -87,7 +87,10 @@ def measure(suite: Suite, name: str) -> dict:
         "data": suite.task(name).data_fingerprint,
         "bytes": suite.expert_path(name).stat().st_size,
         "accuracy": {
-            split: {"base": evaluate_task(base, suite, name, split), "expert": evaluate_task(expert, suite, name, split)}
+            split: {
+                "base": evaluate_task(base, suite, name, split),
+                "expert": evaluate_task(expert, suite, name, split),
+            }
             for split in ("validation", "test")
         },
     }
@@ -109,7 +112,9 @@ def main() -> None:
         facts = suite.provenance
         settings = suite.definition.training
         facts["versions"] = {
-            "statsmerge_ext": statsmerge_ext.__version__, "torch": torch.__version__, "numpy": np.__version__
+            "statsmerge_ext": statsmerge_ext.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
         }
         facts["training"] = {
             **{key: value for key, value in vars(settings).items() if key != "augment"},

@@ -57,7 +57,9 @@ def main() -> None:
             scores = []
             for values in itertools.product(*grid.values()):
                 setting = dict(zip(grid, values, strict=True))
-                merged = merge_suite(suite, entry, models, calibration, evidence=evidence, hyperparameters=setting).model
+                merged = merge_suite(
+                    suite, entry, models, calibration, evidence=evidence, hyperparameters=setting
+                ).model
                 accuracy = statistics.fmean(evaluate_model(merged, suite, "validation").values())
                 scores.append({"setting": setting, "accuracy": round(accuracy, 4)})
                 print(name, entry, setting, f"{accuracy:.4f}", flush=True)

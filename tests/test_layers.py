@@ -14,7 +14,9 @@ def by_name(model):
 
 
 def test_every_parameter_is_covered_once():
-    model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50))
+    model = BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    )
     layers = find_layers(model)
     assert [layer.parameter for layer in layers] == [name for name, _ in model.named_parameters()]
     kinds = {layer.name: layer.kind for layer in layers}
@@ -39,8 +41,13 @@ def test_attention_with_separate_projections():
 
 def test_tied_weights_are_one_layer():
     config = LlamaConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
-        vocab_size=50, tie_word_embeddings=True,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        vocab_size=50,
+        tie_word_embeddings=True,
     )
     layers = by_name(LlamaForCausalLM(config))
     assert layers["model.embed_tokens.weight"].kind == "embedding"
@@ -94,5 +101,8 @@ def test_layers_of_a_bare_state_dict_leave_out_buffers():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
     layers = layers_of_state(model.state_dict())
     assert [(layer.name, layer.kind) for layer in layers] == [
-        ("0.weight", "linear"), ("0.bias", "bias"), ("1.weight", "bias"), ("1.bias", "bias"),
+        ("0.weight", "linear"),
+        ("0.bias", "bias"),
+        ("1.weight", "bias"),
+        ("1.bias", "bias"),
     ]

@@ -49,4 +49,6 @@ def _reestimated(problem: MergeProblem, state: Mapping[str, Tensor]) -> dict[str
     for path, norm in norms.items():
         norm.momentum = momenta[path]
         norm.eval()
-    return {f"{path}.{name}": b.clone() for path, norm in norms.items() for name, b in norm.named_buffers(recurse=False)}
+    return {
+        f"{path}.{name}": b.clone() for path, norm in norms.items() for name, b in norm.named_buffers(recurse=False)
+    }

@@ -128,21 +128,36 @@ def load_models(suite: Suite) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
     return suite.load_base(), {name: suite.load_expert(name) for name in suite.task_names}
 
 
-def calibration_of(suite: Suite, samples: int = CALIBRATION_SAMPLES, seed: int = 0, batch_size: int = 16) -> dict[str, list]:
+def calibration_of(
+    suite: Suite, samples: int = CALIBRATION_SAMPLES, seed: int = 0, batch_size: int = 16
+) -> dict[str, list]:
     """Unlabelled training samples of every task."""
     return {name: suite.task(name).calibration(samples, seed=seed, batch_size=batch_size) for name in suite.task_names}
 
 
-def collect_suite_grams(suite: Suite, models: tuple, calibration: Mapping[str, list], progress: bool = False) -> GramEvidence:
+def collect_suite_grams(
+    suite: Suite, models: tuple, calibration: Mapping[str, list], progress: bool = False
+) -> GramEvidence:
     """Gram evidence of a suite's experts on ``calibration``."""
     base, experts = models
     return collect_grams(
-        suite.load_base(), find_layers(base), base.state_dict(), experts, calibration, forward=suite.forward, progress=progress
+        suite.load_base(),
+        find_layers(base),
+        base.state_dict(),
+        experts,
+        calibration,
+        forward=suite.forward,
+        progress=progress,
     )
 
 
 def compare(
-    suite: Suite, entries: Sequence[str] = ENTRIES, *, seeds: int = 1, samples: int = CALIBRATION_SAMPLES, progress: bool = True
+    suite: Suite,
+    entries: Sequence[str] = ENTRIES,
+    *,
+    seeds: int = 1,
+    samples: int = CALIBRATION_SAMPLES,
+    progress: bool = True,
 ) -> Comparison:
     """Merge a prepared suite by every entry, for every seed, and evaluate on the test split.
 

@@ -13,9 +13,7 @@ from statsmerge_ext.methods.registry import register_method
 
 
 @register_method("regmean", needs=("grams",))
-def regmean(
-    problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95, rcond: float | None = None
-) -> Solution:
+def regmean(problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95, rcond: float | None = None) -> Solution:
     """W = (Σ W_k Ĝ_k)(Σ Ĝ_k)^† for linear and convolution weights, Ĝ_k being G_k with its off-diagonal entries
     multiplied by ``reduce_non_diagonal_ratio``; every other parameter is the experts' mean.
 
@@ -29,9 +27,7 @@ def regmean(
         MethodError: a ratio outside [0, 1].
     """
     if not 0 <= reduce_non_diagonal_ratio <= 1:
-        raise MethodError(
-            f"reduce_non_diagonal_ratio: expected a number in [0, 1], got {reduce_non_diagonal_ratio}"
-        )
+        raise MethodError(f"reduce_non_diagonal_ratio: expected a number in [0, 1], got {reduce_non_diagonal_ratio}")
     evidence, alpha = problem.evidence, reduce_non_diagonal_ratio
 
     def shrink(leader: str, gram: Tensor) -> Tensor:

@@ -18,7 +18,12 @@ from tests.closed_forms import fine_tuned, make_experts, relative_error
 def tiny_bert():
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40, max_position_embeddings=12
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=40,
+        max_position_embeddings=12,
     )
     return BertModel(config, add_pooling_layer=False).eval()
 
@@ -48,7 +53,9 @@ def test_gram_of_each_expert_uses_its_own_features():
     grams = [h.T @ h for h in hidden]
     assert relative_error(evidence.grams["2.weight"][0], sum(grams)) < 1e-12
     moved = [(e[2].weight - base[2].weight).double() for e in experts.values()]
-    assert relative_error(evidence.products["2.weight"][0], sum(t @ g for t, g in zip(moved, grams, strict=True))) < 1e-6
+    assert (
+        relative_error(evidence.products["2.weight"][0], sum(t @ g for t, g in zip(moved, grams, strict=True))) < 1e-6
+    )
     diagonals = torch.stack([g.diagonal() for g in grams])
     assert relative_error(evidence.diagonals["2.weight"][:, 0], diagonals) < 1e-12
 

@@ -53,7 +53,10 @@ def test_save_and_load(tmp_path):
     statistics.save(tmp_path / "s.safetensors")
     loaded = WeightStatistics.load(tmp_path / "s.safetensors")
     assert (loaded.layers, loaded.experts, loaded.sizes, loaded.of) == (
-        statistics.layers, statistics.experts, statistics.sizes, "weights",
+        statistics.layers,
+        statistics.experts,
+        statistics.sizes,
+        "weights",
     )
     assert torch.equal(loaded.values, statistics.values)
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from statsmerge_ext import merge
 from statsmerge_ext.errors import CheckpointError, MethodError
-from statsmerge_ext.methods import get_method, list_methods, register_method
-from statsmerge_ext.methods import registry
+from statsmerge_ext.methods import get_method, list_methods, register_method, registry
 from tests.closed_forms import fine_tuned, make_experts, relative_error
 
 
@@ -71,8 +70,13 @@ def test_ties_that_keeps_everything_of_one_expert_is_that_expert(base):
 def test_regmean(base, ratio):
     experts = make_experts(base)
     x = {name: torch.randn(40, 6) for name in experts}
-    merged = merge("regmean", base=base, experts=experts, calibration={k: [v] for k, v in x.items()},
-                   reduce_non_diagonal_ratio=ratio)
+    merged = merge(
+        "regmean",
+        base=base,
+        experts=experts,
+        calibration={k: [v] for k, v in x.items()},
+        reduce_non_diagonal_ratio=ratio,
+    )
     features = [v.double() for v in x.values()]
     grams = [f.T @ f for f in features]
     shrunk = [ratio * g + (1 - ratio) * g.diagonal().diag() for g in grams]
@@ -90,7 +94,9 @@ def test_state_dicts_keep_dtype_order_and_zero_change(base, method, dtype):
     state["counter"] = torch.tensor(3)
     merged = merge(method, base=state, experts={"a": dict(state), "b": dict(state)})
     assert list(merged.state) == list(state) and merged.model is None
-    assert all(torch.equal(merged.state[key], state[key]) and merged.state[key].dtype == state[key].dtype for key in state)
+    assert all(
+        torch.equal(merged.state[key], state[key]) and merged.state[key].dtype == state[key].dtype for key in state
+    )
 
 
 def test_inputs_are_not_changed(base):
@@ -111,7 +117,9 @@ def test_buffers_are_averaged_or_reestimated():
     torch.testing.assert_close(averaged[1].running_mean, base[1].running_mean + 1)
     assert averaged[1].num_batches_tracked == 0
     x = {name: torch.randn(50, 4) for name in experts}
-    again = merge("linear", base=base, experts=experts, calibration={k: [v] for k, v in x.items()}, buffers="reestimate").model
+    again = merge(
+        "linear", base=base, experts=experts, calibration={k: [v] for k, v in x.items()}, buffers="reestimate"
+    ).model
     hidden = torch.stack([again[0](v) for v in x.values()])
     torch.testing.assert_close(again[1].running_mean, hidden.mean((0, 1)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(again[1].running_var, hidden.var(1).mean(0), rtol=1e-4, atol=1e-5)
@@ -130,7 +138,9 @@ def test_what_has_no_evidence_takes_the_mean_and_is_reported():
 
     base = Model()
     experts = make_experts(base)
-    merged = merge("lot", base=base, experts=experts, calibration={k: [torch.randn(9, 4)] for k in experts}, scaling_factor=1.0)
+    merged = merge(
+        "lot", base=base, experts=experts, calibration={k: [torch.randn(9, 4)] for k in experts}, scaling_factor=1.0
+    )
     assert merged.report["layers"]["bare_parameters"] == ["token"]
     assert merged.report["layers"]["never_called"] == ["unused.weight"]
     for name in ("token", "unused.weight"):

@@ -48,7 +48,12 @@ def calibration(experts, samples=6):
 def problem_of(base, experts, batches):
     states = {name: expert.state_dict() for name, expert in experts.items()}
     return MergeProblem(
-        find_layers(base), base.state_dict(), states, model=copy.deepcopy(base), forward=default_forward, batches=batches
+        find_layers(base),
+        base.state_dict(),
+        states,
+        model=copy.deepcopy(base),
+        forward=default_forward,
+        batches=batches,
     )
 
 
@@ -81,12 +86,21 @@ def test_stats_merging_comes_closer_to_the_teachers(base, granularity, loss):
     experts = make_experts(base)
     batches = calibration(experts)
     result = merge(
-        "stats_merging", base=base, experts=experts, calibration=batches, granularity=granularity, loss=loss, epochs=20, lr=1e-2
+        "stats_merging",
+        base=base,
+        experts=experts,
+        calibration=batches,
+        granularity=granularity,
+        loss=loss,
+        epochs=20,
+        lr=1e-2,
     )
     training = result.report["training"]
     assert training["steps"] == 40 and training["last_loss"] < training["first_loss"]
     values = result.coefficients["values"]
-    assert values.shape == (len(result.coefficients["names"]), 3) and not torch.allclose(values, torch.tensor(0.3).double())
+    assert values.shape == (len(result.coefficients["names"]), 3) and not torch.allclose(
+        values, torch.tensor(0.3).double()
+    )
     if granularity == "task":
         assert torch.equal(values, values[:1].expand_as(values))
 
@@ -115,7 +129,14 @@ def test_training_moves_the_learner_and_nothing_else(base, monkeypatch):
     monkeypatch.setattr(StatsMergeLearner, "__init__", remember)
     head = nn.Linear(4, 3)
     before = head.weight.clone(), {k: {n: p.clone() for n, p in e.named_parameters()} for k, e in experts.items()}
-    merge("stats_merging", base=base, experts=experts, calibration=calibration(experts), heads=dict.fromkeys(experts, head), epochs=2)
+    merge(
+        "stats_merging",
+        base=base,
+        experts=experts,
+        calibration=calibration(experts),
+        heads=dict.fromkeys(experts, head),
+        epochs=2,
+    )
     assert len(learners) == 1 and grads and min(grads) > 0
     assert torch.equal(head.weight, before[0]) and head.weight.grad is None
     assert all(torch.equal(p, before[1][k][n]) for k, e in experts.items() for n, p in e.named_parameters())
@@ -132,7 +153,9 @@ def test_labels_are_refused(base):
 def test_a_seed_gives_the_same_result_twice(base, method):
     experts = make_experts(base)
     one, two, other = (
-        merge(method, base=base, experts=experts, calibration=calibration(experts), epochs=3, seed=seed).coefficients["values"]
+        merge(method, base=base, experts=experts, calibration=calibration(experts), epochs=3, seed=seed).coefficients[
+            "values"
+        ]
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, two) and not torch.equal(one, other)
@@ -140,14 +163,26 @@ def test_a_seed_gives_the_same_result_twice(base, method):
 
 def test_softmax_coefficients_sum_to_one(base):
     experts = make_experts(base)
-    result = merge("stats_merging", base=base, experts=experts, calibration=calibration(experts), epochs=2, softmax=True)
-    torch.testing.assert_close(result.coefficients["values"].sum(1), torch.ones(len(result.coefficients["names"])).double())
+    result = merge(
+        "stats_merging", base=base, experts=experts, calibration=calibration(experts), epochs=2, softmax=True
+    )
+    torch.testing.assert_close(
+        result.coefficients["values"].sum(1), torch.ones(len(result.coefficients["names"])).double()
+    )
 
 
 @pytest.mark.parametrize("granularity", ["layer", "task"])
 def test_adamerging_lowers_the_entropy(base, granularity):
     experts = make_experts(base)
-    result = merge("adamerging", base=base, experts=experts, calibration=calibration(experts), granularity=granularity, epochs=20, lr=2e-2)
+    result = merge(
+        "adamerging",
+        base=base,
+        experts=experts,
+        calibration=calibration(experts),
+        granularity=granularity,
+        epochs=20,
+        lr=2e-2,
+    )
     assert result.report["training"]["last_loss"] < result.report["training"]["first_loss"]
     values = result.coefficients["values"]
     assert values.min() >= 0 and values.max() <= 1
@@ -171,7 +206,13 @@ def test_heads_turn_features_into_logits(base):
 
     heads = {name: lambda features, w=torch.randn(3, 8): F.linear(features, w) for name in experts}
     result = merge(
-        "stats_merging", base=base, experts=experts, calibration=calibration(experts), forward=pooled, heads=heads, epochs=2
+        "stats_merging",
+        base=base,
+        experts=experts,
+        calibration=calibration(experts),
+        forward=pooled,
+        heads=heads,
+        epochs=2,
     )
     rows = dict(zip(result.coefficients["names"], result.coefficients["values"], strict=True))
     assert not rows["norm.weight"].isnan().any()
@@ -201,5 +242,11 @@ def test_experts_equal_to_the_base_have_nothing_to_learn(base):
 def test_outputs_that_are_no_logits_are_refused(base):
     expert = fine_tuned(base, 1)
     with pytest.raises(CalibrationError, match="heads: expected a head for every expert"):
-        merge("stats_merging", base=base, experts={"a": expert}, calibration=calibration({"a": expert}),
-              forward=lambda model, batch: model(batch).sum(), epochs=1)
+        merge(
+            "stats_merging",
+            base=base,
+            experts={"a": expert},
+            calibration=calibration({"a": expert}),
+            forward=lambda model, batch: model(batch).sum(),
+            epochs=1,
+        )

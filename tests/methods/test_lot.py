@@ -10,7 +10,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from statsmerge_ext import merge
-from tests.closed_forms import EXPERTS, Wrapper, fine_tuned, grouped_patches, least_squares, make_experts, relative_error
+from tests.closed_forms import (
+    EXPERTS,
+    Wrapper,
+    fine_tuned,
+    grouped_patches,
+    least_squares,
+    make_experts,
+    relative_error,
+)
 
 TOLERANCE = 1e-4
 
@@ -21,7 +29,10 @@ def lot(base, experts, calibration, **options):
 
 
 def inputs(*shape, seed=0):
-    return {name: torch.randn(*shape, generator=torch.Generator().manual_seed(100 + seed + k)) for k, name in enumerate(EXPERTS)}
+    return {
+        name: torch.randn(*shape, generator=torch.Generator().manual_seed(100 + seed + k))
+        for k, name in enumerate(EXPERTS)
+    }
 
 
 def task_vectors(base, experts, parameter):
@@ -117,7 +128,10 @@ def test_packed_attention(batch_first):
         q, k, value = (
             F.linear(part, w, b).double()
             for part, w, b in zip(
-                (v, v.flip(0), v * 2), expert.module.in_proj_weight.chunk(3), expert.module.in_proj_bias.chunk(3), strict=True
+                (v, v.flip(0), v * 2),
+                expert.module.in_proj_weight.chunk(3),
+                expert.module.in_proj_bias.chunk(3),
+                strict=True,
             )
         )
         if not batch_first:
@@ -193,7 +207,9 @@ def test_norm_scale_and_shift(norm, shape):
 def test_embedding_rows_are_weighted_by_counts_and_unseen_rows_take_the_mean():
     base = Wrapper(nn.Embedding(12, 5), lambda module, x: module(x))
     experts = make_experts(base)
-    tokens = {name: torch.randint(0, 10, (6, 7), generator=torch.Generator().manual_seed(k)) for k, name in enumerate(EXPERTS)}
+    tokens = {
+        name: torch.randint(0, 10, (6, 7), generator=torch.Generator().manual_seed(k)) for k, name in enumerate(EXPERTS)
+    }
     merged = lot(base, experts, {k: [v] for k, v in tokens.items()}).model
     one_hot = [F.one_hot(v.flatten(), 12).double() for v in tokens.values()]
     moved = task_vectors(base, experts, "module.weight")
@@ -207,7 +223,12 @@ def test_embedding_rows_are_weighted_by_counts_and_unseen_rows_take_the_mean():
 
 def small_network():
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(96, 4)
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=6),
+        nn.Flatten(),
+        nn.Linear(96, 4),
     ).eval()
 
 

@@ -12,9 +12,7 @@ from .packages import Package, PackageStore
 from .splits import Dataset, Examples
 
 SIDE = 64  # pixels
-THAI_FAMILIES = (
-    "garuda kinnari laksaman loma mono norasi purisa sawasdee typewriter typist typo umpush waree".split()
-)
+THAI_FAMILIES = "garuda kinnari laksaman loma mono norasi purisa sawasdee typewriter typist typo umpush waree".split()
 THAI = Package("deb", tuple(f"fonts-tlwg-{family}-ttf" for family in THAI_FAMILIES))
 LETTERS = Package("deb", ("fonts-aenigma",))
 

@@ -48,7 +48,10 @@ def _read_idx(path: Path) -> np.ndarray:
 
 def _idx_examples(root: Path, suffix: str, classes: tuple[str, ...]) -> Examples:
     parts = [
-        (_read_idx(find_one(root, f"{part}-images-idx3-ubyte{suffix}")), _read_idx(find_one(root, f"{part}-labels-idx1-ubyte{suffix}")))
+        (
+            _read_idx(find_one(root, f"{part}-images-idx3-ubyte{suffix}")),
+            _read_idx(find_one(root, f"{part}-labels-idx1-ubyte{suffix}")),
+        )
         for part in ("train", "t10k")
     ]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts))
@@ -80,7 +83,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 def load_animal(store: PackageStore) -> Examples:
     """Animal silhouettes [N, 28, 28], ten kinds (the package gives them no names)."""
     data, labels = (
-        _ArrayUnpickler(io.BytesIO(gzip.decompress(find_one(store.path(ANIMAL), f"animal_{part}_version_3.gz").read_bytes()))).load()
+        _ArrayUnpickler(
+            io.BytesIO(gzip.decompress(find_one(store.path(ANIMAL), f"animal_{part}_version_3.gz").read_bytes()))
+        ).load()
         for part in ("data", "label")
     )
     classes = tuple(f"animal {i}" for i in range(10))
@@ -121,7 +126,9 @@ def _read_image(path: Path, mode: str) -> np.ndarray:
         if mode == "RGB":
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert(mode).resize((SIDE, SIDE), Image.Resampling.BOX if mode == "L" else Image.Resampling.BILINEAR))
+        return np.asarray(
+            image.convert(mode).resize((SIDE, SIDE), Image.Resampling.BOX if mode == "L" else Image.Resampling.BILINEAR)
+        )
 
 
 def load_climate(store: PackageStore, side: int = 24, block: int = 10) -> Examples:

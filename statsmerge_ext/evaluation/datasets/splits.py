@@ -97,7 +97,9 @@ def make_splits(examples: Examples, sizes: SplitSizes, seed: int = 0) -> TaskDat
     inputs, labels = np.asarray(examples.inputs), np.asarray(examples.labels, dtype=np.int64)
     groups = np.asarray(examples.groups)
     if not len(inputs) == len(labels) == len(groups):
-        raise DataError(f"examples: {len(inputs)} inputs, {len(labels)} labels and {len(groups)} groups; expected as many of each")
+        raise DataError(
+            f"examples: {len(inputs)} inputs, {len(labels)} labels and {len(groups)} groups; expected as many of each"
+        )
     generator = np.random.default_rng(seed)
     part = _assign_groups(groups, examples.test, sizes, generator)
     keep = _first_of_duplicates(inputs)

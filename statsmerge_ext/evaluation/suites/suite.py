@@ -90,14 +90,19 @@ class Task:
         if not 0 < samples <= len(inputs):
             raise DataError(f"task {self.name}: samples: expected 1 to {len(inputs)}, got {samples}")
         rows = np.random.default_rng(seed).choice(len(inputs), samples, replace=False)
-        return [self._definition.encode(inputs[part]) for part in np.split(rows, range(batch_size, samples, batch_size))]
+        return [
+            self._definition.encode(inputs[part]) for part in np.split(rows, range(batch_size, samples, batch_size))
+        ]
 
     def _prototypes(self, base: nn.Module) -> PrototypeHead:
         """Class means of the first ``shots`` training examples of each class; the split goes round the classes."""
         count = self._definition.shots * len(self.classes)
         inputs, labels = self._data.train.inputs[:count], self._data.train.labels[:count]
         with torch.inference_mode():
-            parts = [self._definition.forward(base, self._definition.encode(x)) for x in np.array_split(inputs, -(-count // 128))]
+            parts = [
+                self._definition.forward(base, self._definition.encode(x))
+                for x in np.array_split(inputs, -(-count // 128))
+            ]
         features = F.normalize(torch.cat(parts).clone(), dim=-1)
         prototypes = torch.stack([features[torch.from_numpy(labels == c)].mean(0) for c in range(len(self.classes))])
         return PrototypeHead(prototypes, self._definition.logit_scale)

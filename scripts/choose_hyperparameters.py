@@ -26,17 +26,18 @@ from statsmerge_ext.evaluation.comparison import (
 )
 from statsmerge_ext.evaluation.run import evaluate_model
 from statsmerge_ext.evaluation.suites import get_suite, list_suites
+from statsmerge_ext.methods import get_method
 
 # Learning is given few epochs, so that all of a demonstration takes minutes on two cores.
-LEARNING = {"epochs": [12], "lr_step": [10]}
-STATS_MERGING = {**LEARNING, "of": ["task_vectors"], "lr": [1e-2], "loss": ["cross_entropy", "kl"]}
+EPOCHS = {"vision8": {"epochs": 12, "lr_step": 10}, "text8": {"epochs": 4, "lr_step": 3}}
+STATS_MERGING = {"of": ["task_vectors"], "lr": [1e-2], "loss": ["cross_entropy", "kl"]}
 GRIDS: dict[str, dict[str, list]] = {
     "linear": {},
     "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 0.7]},
     "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
-    "adamerging": {**LEARNING, "lr": [1e-2, 3e-2]},
+    "adamerging": {"lr": [1e-2, 3e-2]},
     "stats_merging/layer": STATS_MERGING,
     "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
 }
@@ -51,12 +52,15 @@ def main() -> None:
         suite = get_suite(name)
         suite.prepare()
         models, calibration = load_models(suite), calibration_of(suite)
-        evidence = collect_suite_grams(suite, models, calibration)
-        for entry in options.entry or ENTRIES:
+        entries = options.entry or ENTRIES
+        evidence = collect_suite_grams(suite, models, calibration) if "lot" in entries or "regmean" in entries else None
+        for entry in entries:
             grid = GRIDS[entry]
             scores = []
             for values in itertools.product(*grid.values()):
                 setting = dict(zip(grid, values, strict=True))
+                if "batches" in get_method(entry.partition("/")[0]).needs:
+                    setting |= EPOCHS[name]
                 merged = merge_suite(
                     suite, entry, models, calibration, evidence=evidence, hyperparameters=setting
                 ).model

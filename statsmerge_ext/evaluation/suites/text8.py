@@ -90,6 +90,6 @@ text8 = SuiteDefinition(
     load_base=load_base,
     forward=forward,
     encode=encode,
-    sizes=SplitSizes(train=2000, validation=200, test=300),
+    sizes=SplitSizes(train=2000, validation=200, test=200),
     training=TrainingSettings(epochs=4, lr=1e-4, frozen=("embeddings.",), dropout=True, bfloat16=True, step=0.7),
 )

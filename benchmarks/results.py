@@ -43,7 +43,7 @@ def write_tables(comparison: Comparison, facts: dict) -> None:
     """Put the table between the markers of its suite in docs/results.md."""
     caption = (
         f"Test accuracy in percent, {comparison.samples} unlabelled calibration samples a task, {comparison.seeds} seeds, ± half "
-        f"the range; seconds are medians on {facts['threads']} cores. Measured {facts['date']} at commit {facts['commit']}, "
+        f"the range; seconds are medians on {facts['threads']} thread(s). Measured {facts['date']} at commit {facts['commit']}, "
         f"torch {facts['torch']}."
     )
     notes = "".join(f"\n\n{note}" for note in comparison.notes)

@@ -123,9 +123,10 @@ def merge(
 
     solution = chosen(problem, **hyperparameters)
     state = _complete(problem, solution, buffers)
-    if module is not None:
-        problem.model.load_state_dict(state)
-        problem.model.train(module.training)
+    model = None
+    if module is not None:  # a new copy: the method's own may be frozen, or in another mode
+        model = copy.deepcopy(module)
+        model.load_state_dict(state)
     coefficients = _coefficient_table(problem, solution)
     report = {
         "method": method,
@@ -137,7 +138,7 @@ def merge(
         "layers": _layer_report(layers, evidence if "grams" in chosen.needs else None),
         **solution.notes,
     }
-    return MergeResult(state, problem.model if module is not None else None, coefficients, report)
+    return MergeResult(state, model, coefficients, report)
 
 
 def default_forward(model: nn.Module, batch: object) -> object:

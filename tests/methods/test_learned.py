@@ -142,6 +142,18 @@ def test_training_moves_the_learner_and_nothing_else(base, monkeypatch):
     assert all(torch.equal(p, before[1][k][n]) for k, e in experts.items() for n, p in e.named_parameters())
 
 
+@pytest.mark.parametrize("method", ["stats_merging", "lot"])
+def test_the_merged_model_is_in_the_mode_of_the_base(base, method):
+    experts = make_experts(base)
+    base.train()
+    base.norm.eval()
+    base.out.weight.requires_grad_(False)
+    options = {"epochs": 1} if method == "stats_merging" else {}
+    model = merge(method, base=base, experts=experts, calibration=calibration(experts), **options).model
+    assert {n: m.training for n, m in model.named_modules()} == {n: m.training for n, m in base.named_modules()}
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in base.parameters()]
+
+
 def test_labels_are_refused(base):
     experts = make_experts(base)
     for batch in ((torch.randn(3, 5, 8), torch.zeros(3)), {"x": torch.randn(3, 5, 8), "labels": torch.zeros(3)}):

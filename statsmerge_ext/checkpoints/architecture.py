@@ -37,7 +37,7 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
     if model_class is None:
         raise CheckpointError(f"{checkpoint.path}/config.json: transformers has no architecture {name!r}")
     state = {key: check_finite(key, tensor, checkpoint.file(key)) for key, tensor in checkpoint.items()}
-    with _quiet(transformers.utils.logging):
+    with quiet_transformers(transformers.utils.logging):
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
             model, info = model_class.from_pretrained(
@@ -71,7 +71,7 @@ def stored_state(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, 
 
 
 @contextmanager
-def _quiet(logging) -> Iterator[None]:
+def quiet_transformers(logging) -> Iterator[None]:
     """transformers' loading report and progress bar off; what matters in them is raised as an error."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -168,7 +168,7 @@ def _batches(calibration: Mapping[str, Iterable] | None, experts: list[str]) -> 
         raise CalibrationError(
             f"calibration: expected batches for the experts {experts}; missing {missing}, not an expert {unknown}"
         )
-    return {name: list(as_unlabelled_batches(name, calibration[name])) for name in experts}
+    return {name: as_unlabelled_batches(name, calibration[name]) for name in experts}
 
 
 def _complete(problem: MergeProblem, solution: Solution, buffers: str) -> dict[str, Tensor]:

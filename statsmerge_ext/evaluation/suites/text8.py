@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from statsmerge_ext.checkpoints.architecture import quiet_transformers
 from statsmerge_ext.errors import DataError
 from statsmerge_ext.evaluation.datasets import SplitSizes, texts
 from statsmerge_ext.evaluation.suites.definition import SuiteDefinition, TrainingSettings
@@ -33,8 +32,9 @@ def model_directory() -> Path:
 def load_base() -> nn.Module:
     """MiniLM-L6 from its pip package, without the pooler that its features never pass."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
-    with _silence():  # transformers would report the pooler as unexpected each time
+    with quiet_transformers(logging):  # transformers would report the pooler as unexpected each time
         return AutoModel.from_pretrained(model_directory(), add_pooling_layer=False, dtype=torch.float32).eval()
 
 
@@ -43,21 +43,6 @@ def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     hidden = model(**batch).last_hidden_state
     weight = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @cache

@@ -54,21 +54,21 @@ def sources(*patterns: str) -> list[str]:
 def extension(cpp_extension):
     import pybind11
 
-    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     define = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
     include_dirs = [pybind11.get_include(), str(ROOT / "csrc")]
     if with_cuda(cpp_extension):
         nvcc_flags = ["-O3", "-std=c++20", "--threads=2"]
         return cpp_extension.CUDAExtension(
             "statsmerge_ext._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"),
+            sources("csrc/*.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/*.cu"),
             include_dirs=include_dirs,
             define_macros=[*define, ("USE_CUDA", None)],
             extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
         )
     return cpp_extension.CppExtension(
         "statsmerge_ext._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+        sources("csrc/*.cpp", "csrc/cpu/**/*.cpp"),
         include_dirs=include_dirs,
         define_macros=define,
         extra_compile_args={"cxx": flags},

@@ -14,24 +14,10 @@ static constexpr unsigned long long kTorchTargetVersion = TORCH_TARGET_VERSION;
 #include <pybind11/stl.h>
 
 #include <string>
-#include <vector>
+
+#include "cpu/simd/targets.h"
 
 namespace {
-
-std::vector<std::string> cpu_features() {
-  std::vector<std::string> found;
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) found.push_back("avx2");
-  if (__builtin_cpu_supports("fma")) found.push_back("fma");
-  if (__builtin_cpu_supports("avx512f")) found.push_back("avx512f");
-  if (__builtin_cpu_supports("avx512bw")) found.push_back("avx512bw");
-  if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
-#elif defined(__aarch64__)
-  found.push_back("neon");
-#endif
-  return found;
-}
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -43,7 +29,7 @@ pybind11::dict build_info() {
   info["torch_target_version"] =
       std::to_string(kTorchTargetVersion >> 56) + "." + std::to_string((kTorchTargetVersion >> 48) & 0xff);
   info["compiler"] = __VERSION__;
-  info["cpu_features"] = cpu_features();
+  info["cpu_targets"] = statsmerge::supported_targets();
   return info;
 }
 
@@ -51,5 +37,8 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of statsmerge_ext; importing this module registers torch.ops.statsmerge.*";
-  m.def("build_info", &build_info, "How this module was built and which vector extensions the processor has.");
+  m.def("build_info", &build_info, "How this module was built and for which vector extensions of this processor.");
+  m.def("cpu_target", &statsmerge::active_target_name, "The vector extensions that the CPU kernels use now.");
+  m.def("set_cpu_target", &statsmerge::set_target, pybind11::arg("target"),
+        "Have them use others of build_info()['cpu_targets']: for tests and benchmarks.");
 }

@@ -7,13 +7,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
-#include <exception>
-#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "common/parallel.h"
 
 namespace statsmerge {
 
@@ -34,26 +34,6 @@ void check(bool condition, const Parts&... parts) {
 // "name[index]", as the messages call one of several matrices.
 inline std::string indexed(std::string name, int64_t index) {
   return name.append("[").append(std::to_string(index)).append("]");
-}
-
-// torch's thread pool, which loses what an exception says: here the one of the lowest index is thrown on.
-template <class F>
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  std::mutex mutex;
-  std::exception_ptr error;
-  int64_t error_begin = end;
-  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
-    try {
-      f(first, last);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (first < error_begin) {
-        error_begin = first;
-        error = std::current_exception();
-      }
-    }
-  });
-  if (error) std::rethrow_exception(error);
 }
 
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {

@@ -6,21 +6,12 @@
 
 #include "cpu/orthonormalize.h"
 #include "cpu/svd.h"
-#include "cpu/vector_ops.h"
+#include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
-
-// (x, y) <- (c x − s y, s x + c y)
-STATSMERGE_CLONES void rotate(double* x, double* y, double c, double s, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    const double old = x[j];
-    x[j] = c * old - s * y[j];
-    y[j] = s * old + c * y[j];
-  }
-}
 
 }  // namespace
 

@@ -7,8 +7,8 @@
 
 #include "cpu/orthonormalize.h"
 #include "cpu/svd.h"
-#include "cpu/symmetric_eigen.h"
-#include "cpu/vector_ops.h"
+#include "cpu/kernels/symmetric_eigen.h"
+#include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
 namespace {

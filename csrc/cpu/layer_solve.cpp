@@ -8,8 +8,8 @@
 #include <random>
 
 #include "common/tensors.h"
-#include "cpu/symmetric_eigen.h"
-#include "cpu/vector_ops.h"
+#include "cpu/kernels/symmetric_eigen.h"
+#include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
 namespace {

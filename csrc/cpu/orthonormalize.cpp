@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/vector_ops.h"
+#include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
 

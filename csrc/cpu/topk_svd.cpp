@@ -4,7 +4,7 @@
 
 #include "cpu/operand.h"
 #include "cpu/svd.h"
-#include "cpu/vector_ops.h"
+#include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
 namespace {

@@ -27,7 +27,8 @@ def test_build_info():
 
     info = _C.build_info()
     assert info["torch_target_version"] == "2.11"
-    assert isinstance(info["cuda"], bool) and isinstance(info["cpu_features"], list) and info["compiler"]
+    assert isinstance(info["cuda"], bool) and info["compiler"]
+    assert _C.cpu_target() in info["cpu_targets"] and info["cpu_targets"][0] == "baseline"
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -72,7 +73,7 @@ def test_source_distribution_carries_the_sources(tmp_path):
 
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh", ".sh"}]
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".inl", ".cu", ".cuh", ".sh"}]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "statsmerge_ext/ops/common.py"} <= names
     assert not any(name.endswith(".so") for name in names)

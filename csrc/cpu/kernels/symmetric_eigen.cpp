@@ -1,6 +1,6 @@
 // Householder reduction to tridiagonal form and implicit QL (Golub and Van Loan, Matrix Computations, sections 8.3.1
 // and 8.3.3). Vectors are kept as rows, so that every inner loop runs over contiguous memory.
-#include "cpu/symmetric_eigen.h"
+#include "cpu/kernels/symmetric_eigen.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,22 +8,10 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "cpu/vector_ops.h"
+#include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
 namespace {
-
-STATSMERGE_CLONES void rank_two_update(double* a, const double* v, const double* w, double vi, double wi, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) a[j] -= vi * w[j] + wi * v[j];
-}
-
-STATSMERGE_CLONES void rotate(double* low, double* high, double c, double s, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    const double h = high[j];
-    high[j] = s * low[j] + c * h;
-    low[j] = c * low[j] - s * h;
-  }
-}
 
 // a becomes tridiagonal with diagonal d and subdiagonal e; row j of z is column j of the orthogonal Q with a = Q T Qᵀ.
 void tridiagonalize(std::vector<double>& a, int64_t n, double* d, double* e, double* z) {
@@ -40,7 +28,10 @@ void tridiagonalize(std::vector<double>& a, int64_t n, double* d, double* e, dou
     double* block = a.data() + (k + 1) * n + k + 1;
     for (int64_t i = 0; i < m; ++i) p[i] = beta[k] * dot(block + i * n, v, m);
     axpy(-beta[k] / 2 * dot(p.data(), v, m), v, p.data(), m);
-    for (int64_t i = 0; i < m; ++i) rank_two_update(block + i * n, v, p.data(), v[i], p[i], m);
+    for (int64_t i = 0; i < m; ++i) {
+      axpy(-v[i], p.data(), block + i * n, m);
+      axpy(-p[i], v, block + i * n, m);
+    }
   }
   if (n > 1) {
     d[n - 2] = a[(n - 2) * n + n - 2];

@@ -9,13 +9,16 @@ OUT ?= demo-report
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench results cuda-check clean
+.PHONY: demo test native-test bench results cuda-check clean
 
 demo: $(VENV)/.demo  ## merge both task suites by every method; print the tables, write the report
 	$(BIN)/statsmerge demo --seeds $(SEEDS) --out $(OUT)
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest -q
+
+native-test: $(VENV)/.torch  ## test the kernels without torch, plainly and under sanitizers
+	PATH="$(abspath $(BIN)):$$PATH" tests/native/run.sh
 
 bench: $(VENV)/.test  ## run the operators' benchmarks beside their peers
 	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
@@ -31,7 +34,7 @@ clean:
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel cmake ninja "pybind11>=2.13" numpy
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 

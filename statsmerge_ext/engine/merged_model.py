@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +35,26 @@ class LayerWiseMergedModel:
         self.layers: list[Layer] = []
         self._base: list[Tensor] = []
         self._task_vectors: list[list[Tensor]] = [[] for _ in problem.experts]
-        changed = {layer.parameter for layer in problem.layers if any(t.any() for t in problem.task_vectors(layer))}
-        if not changed:
+        for _, parts in groupby(problem.layers, lambda layer: layer.parameter):
+            layers = list(parts)
+            task_vectors = [problem.task_vectors(layer) for layer in layers]
+            if not any(t.any() for of_layer in task_vectors for t in of_layer):
+                continue
+            self.layers += layers
+            self._base += [problem.base_part(layer) for layer in layers]
+            for mine, of_expert in zip(self._task_vectors, zip(*task_vectors, strict=True), strict=True):
+                mine += of_expert
+        if not self.layers:
             raise MethodError("experts: all of them equal the base, so there are no coefficients to learn")
-        for layer in problem.layers:
-            if layer.parameter in changed:
-                self.layers.append(layer)
-                self._base.append(problem.base_part(layer))
-                for mine, task_vector in zip(self._task_vectors, problem.task_vectors(layer), strict=True):
-                    mine.append(task_vector)
         problem.model.load_state_dict(dict(problem.base), strict=False)
         problem.model.eval().requires_grad_(False)
         self._runner = _Runner(problem.model, problem.forward)
         self._merged: list[Tensor] = []
         self._leaves: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self._base[0].device
 
     def merge_weights(self, coefficients: Tensor) -> None:
         """Run with ``coefficients`` [L, K], or [K] for all layers alike, from now on."""
@@ -112,6 +119,7 @@ def learn_coefficients(
     epochs: int,
     lr: float,
     lr_step: int,
+    autocast: bool,
     description: str,
 ) -> dict:
     """Adam on ``parameters``, one batch of every task a step, the learning rate divided by ten every ``lr_step`` epochs.
@@ -122,6 +130,8 @@ def learn_coefficients(
         parameters: what is learned.
         loss: (expert, number of its batch, logits) -> scalar; it has no labels to see.
         epochs: passes over the task with the most batches; the others repeat theirs.
+        autocast: run the model and its head in bfloat16 where torch.autocast does; merged weights, losses and
+            coefficients stay as they are.
 
     Returns:
         facts for the report: steps, first and last epoch's mean loss.
@@ -144,7 +154,9 @@ def learn_coefficients(
             merged.merge_weights(coefficients())
             for name, stream in streams.items():
                 place, batch = next(stream)
-                value = loss(name, place, logits_of(problem.heads.get(name), merged(batch))) / len(streams)
+                with torch.autocast(merged.device.type, torch.bfloat16, enabled=autocast):
+                    logits = logits_of(problem.heads.get(name), merged(batch))
+                value = loss(name, place, logits.float() if autocast else logits) / len(streams)
                 merged.accumulate(value)
                 total += value.item()
             if not torch.isfinite(torch.tensor(total)):

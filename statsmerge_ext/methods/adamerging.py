@@ -20,6 +20,7 @@ def adamerging(
     epochs: int = 125,
     lr: float = 1e-3,
     lr_step: int = 10_000,
+    autocast: bool = False,
 ) -> Solution:
     """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l with the λ that make the mean entropy of all tasks' predictions least.
 
@@ -30,7 +31,7 @@ def adamerging(
         granularity: "layer" for a λ a layer and expert, "task" for one an expert.
         init_values: the λ to start from.
         clamp_weights: keep λ in [0, 1].
-        epochs, lr, lr_step: as in ``stats_merging``; the paper takes 500 steps of 16 samples a task.
+        epochs, lr, lr_step, autocast: as in ``stats_merging``; the paper takes 500 steps of 16 samples a task.
 
     Raises:
         MethodError: a granularity or setting out of range, no expert differs from the base, or a loss not finite.
@@ -47,7 +48,15 @@ def adamerging(
         return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
     facts = learn_coefficients(
-        merged, coefficients, [values], entropy, epochs=epochs, lr=lr, lr_step=lr_step, description="AdaMerging"
+        merged,
+        coefficients,
+        [values],
+        entropy,
+        epochs=epochs,
+        lr=lr,
+        lr_step=lr_step,
+        autocast=autocast,
+        description="AdaMerging",
     )
     solution = merged.merge_and_unload(coefficients().detach())
     solution.notes["training"] = facts

@@ -67,6 +67,7 @@ def stats_merging(
     epochs: int = 500,
     lr: float = 1e-3,
     lr_step: int = 100,
+    autocast: bool = False,
 ) -> Solution:
     """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l, λ_k^l = learner(statistics of layer l of expert k).
 
@@ -86,6 +87,8 @@ def stats_merging(
         temperature: of both distributions in "kl", whose loss is scaled by its square.
         epochs, lr, lr_step: Adam's epochs over the calibration batches, its learning rate, and after how many epochs
             that is divided by ten.
+        autocast: run the merged model in bfloat16 while learning (:func:`learn_coefficients`): much faster on
+            processors that multiply bfloat16, with coefficients that differ a little.
 
     Raises:
         MethodError: a setting is unknown or out of range, no expert differs from the base, or the loss diverges.
@@ -123,6 +126,7 @@ def stats_merging(
         epochs=epochs,
         lr=lr,
         lr_step=lr_step,
+        autocast=autocast,
         description="StatsMerging",
     )
     solution = merged.merge_and_unload(coefficients().detach())

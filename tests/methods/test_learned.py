@@ -142,6 +142,27 @@ def test_training_moves_the_learner_and_nothing_else(base, monkeypatch):
     assert all(torch.equal(p, before[1][k][n]) for k, e in experts.items() for n, p in e.named_parameters())
 
 
+@pytest.mark.parametrize("method", ["stats_merging", "adamerging"])
+def test_autocast_runs_model_and_head_in_bfloat16_and_learns_nearly_the_same(base, method):
+    experts = make_experts(base)
+    head, seen = nn.Linear(4, 3), []
+    head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+
+    def learn(autocast):
+        seen.clear()
+        options = {"epochs": 10, "lr": 1e-2, "autocast": autocast}
+        heads = dict.fromkeys(experts, head)
+        result = merge(method, base=base, experts=experts, calibration=calibration(experts), heads=heads, **options)
+        return result.coefficients["values"], seen[-1]
+
+    exact, dtype = learn(False)
+    assert dtype == torch.float32
+    nearly, dtype = learn(True)
+    assert dtype == torch.bfloat16
+    moved = (exact - 0.3).abs().max()
+    assert 0 < (nearly - exact).abs().max() < 0.2 * moved
+
+
 @pytest.mark.parametrize("method", ["stats_merging", "lot"])
 def test_the_merged_model_is_in_the_mode_of_the_base(base, method):
     experts = make_experts(base)

@@ -1,9 +1,6 @@
 // weighted_merge and its gradient on CUDA: arguments to device memory, one launch a pass.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 #include "common/merge_operands.h"
+#include "cuda/launch.h"
 #include "cuda/weighted_merge.cuh"
 
 namespace statsmerge {
@@ -47,18 +44,6 @@ class Tables {
   std::vector<char> packed_;
   Tensor device_;
 };
-
-cudaStream_t current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  const auto error = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
-  if (error != TORCH_SUCCESS) throw std::runtime_error("weighted_merge: no current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
-
-unsigned grid(int64_t blocks) {
-  check(blocks <= 0x7fffffff, "weighted_merge: too many elements for one launch");
-  return static_cast<unsigned>(blocks);
-}
 
 TensorList weighted_merge(TensorList base, TensorList task_vectors, TensorList scales, TensorList zero_points,
                           std::vector<int64_t> bits, std::vector<int64_t> group_sizes, Tensor coefficients) {

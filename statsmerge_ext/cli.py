@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     merging.add_argument("--random-seed", default=0, type=int, metavar="N", help="seed of the method (default: 0)")
     merging.add_argument("--overwrite", action="store_true", help="replace an existing model at OUT")
+    merging.add_argument("--resume", action="store_true", help="take up an interrupted merge where it was")
     merging.add_argument("--dry-run", action="store_true", help="check everything, say what would be written, stop")
 
     evaluation = add("evaluate", _evaluate, "Print a model's accuracy on every task of a suite.")
@@ -105,6 +106,7 @@ def _merge(options: argparse.Namespace) -> None:
         copy_tokenizer=options.copy_tokenizer,
         random_seed=options.random_seed,
         overwrite=options.overwrite,
+        resume=options.resume,
         dry_run=options.dry_run,
         progress=not options.quiet,
     )

@@ -24,30 +24,35 @@ CARD = """---
 {recipe}
 ```
 
-`recipe.yaml` is the same recipe as a file, `merge_report.json` says what was done{coefficients}.
+`recipe.yaml` is the same recipe as a file, `merge_report.json` says what was done{coefficients}{learner}.
 """
 
 
-def accompanying_files(recipe: Recipe, report: dict, coefficients: dict | None) -> dict[str, str]:
+def accompanying_files(
+    recipe: Recipe, report: dict, coefficients: dict | None, learner: object | None = None
+) -> dict[str, str]:
     """File name → text.
 
     Args:
         recipe: what was asked for.
         report: what was done, JSON-able.
         coefficients: {"names": layers, "tasks": experts, "values": Tensor [L, K]}, or None for methods without.
+        learner: what the method learned, with a ``to_json`` method; None for methods without.
     """
     files = {
-        "README.md": _card(recipe, report, coefficients is not None),
+        "README.md": _card(recipe, report, coefficients is not None, learner is not None),
         "recipe.yaml": recipe.text,
         "merge_report.json": json.dumps(report, indent=2) + "\n",
     }
     if coefficients is not None:
         values = coefficients["values"].tolist()
         files["coefficients.json"] = json.dumps({**coefficients, "values": values}, indent=2) + "\n"
+    if learner is not None:
+        files["learner.json"] = learner.to_json()
     return files
 
 
-def _card(recipe: Recipe, report: dict, has_coefficients: bool) -> str:
+def _card(recipe: Recipe, report: dict, has_coefficients: bool, has_learner: bool) -> str:
     front_matter = {
         "base_model": recipe.base.name,
         "base_model_relation": "merge",
@@ -64,4 +69,5 @@ def _card(recipe: Recipe, report: dict, has_coefficients: bool) -> str:
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         recipe=recipe.text.strip(),
         coefficients=", `coefficients.json` holds the weight of each layer and expert" if has_coefficients else "",
+        learner=", `learner.json` predicts such weights for other experts" if has_learner else "",
     )

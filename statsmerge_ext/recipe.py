@@ -126,7 +126,7 @@ def parse_recipe(text: str, *, directory: str | os.PathLike = ".", name: str = "
         method=method.name,
         base=base,
         experts={model.name: model.path for model in models},
-        hyperparameters=_read_hyperparameters(document, content, method, models),
+        hyperparameters=_read_hyperparameters(document, content, method, models, Path(directory)),
         out_dtype=_read_dtype(document, content),
         buffers=_read_buffers(document, content),
         calibration=_read_calibration(document, content, [model.name for model in models], Path(directory)),
@@ -202,7 +202,7 @@ def _path(document: LocatedYaml, value: object, keys: Keys, directory: Path) -> 
 
 
 def _read_hyperparameters(
-    document: LocatedYaml, content: dict[str, object], method: Method, models: list[_Model]
+    document: LocatedYaml, content: dict[str, object], method: Method, models: list[_Model], directory: Path
 ) -> dict[str, object]:
     shared = content.get("parameters")
     shared = {} if shared is None else document.mapping(shared, ("parameters",))
@@ -211,7 +211,7 @@ def _read_hyperparameters(
         name = _hyperparameter(document, method, key, ("parameters", key))
         if name in hyperparameters:
             raise document.error(("parameters", key), f"{name!r} is given twice")
-        hyperparameters[name] = _checked_value(document, method, name, value, ("parameters", key))
+        hyperparameters[name] = _checked_value(document, method, name, value, ("parameters", key), directory)
     for key in dict.fromkeys(key for model in models for key in model.parameters):
         first = next(model for model in models if key in model.parameters)
         name = _hyperparameter(document, method, key, (*first.keys, "parameters", key))
@@ -256,10 +256,15 @@ def _per_model(
     return values[0]
 
 
-def _checked_value(document: LocatedYaml, method: Method, name: str, value: object, keys: Keys) -> object:
+def _checked_value(
+    document: LocatedYaml, method: Method, name: str, value: object, keys: Keys, directory: Path
+) -> object:
     if isinstance(value, dict):
         raise document.error(keys, "filters are not supported yet; expected a plain value")
-    return document.of_type(value, typing.get_type_hints(method.function).get(name), keys)
+    hint = typing.get_type_hints(method.function).get(name)
+    if Path in typing.get_args(hint):
+        return str(_path(document, value, keys, directory))
+    return document.of_type(value, hint, keys)
 
 
 def _read_dtype(document: LocatedYaml, content: dict[str, object]) -> torch.dtype | None:

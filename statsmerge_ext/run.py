@@ -38,6 +38,7 @@ def run_merge(
     copy_tokenizer: bool = True,
     random_seed: int = 0,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -52,6 +53,8 @@ def run_merge(
         copy_tokenizer: copy the base's tokenizer files too.
         random_seed: of all that is random in the method.
         overwrite: replace an existing model.
+        resume: take up an interrupted merge where its journal, ``<out_path>.journal``, says it was, with the same
+            result; without a journal, or for methods that do not learn, it starts from the beginning.
         dry_run: read and check everything that can be checked without merging, and write nothing.
         progress: show progress bars.
 
@@ -77,6 +80,9 @@ def run_merge(
     if dry_run:
         return {"plan": plan}
 
+    journal = out.with_name(out.name + ".journal")
+    if not resume:
+        journal.unlink(missing_ok=True)
     model = build_model(base).to(device) if recipe.needs_data else None
     result = merge(
         recipe.method,
@@ -84,6 +90,7 @@ def run_merge(
         experts=experts if model is None else {name: module_state(expert, model) for name, expert in experts.items()},
         calibration=batches,
         buffers=recipe.buffers,
+        journal=journal,
         progress=progress,
         seed=random_seed,
         **recipe.hyperparameters,
@@ -91,7 +98,7 @@ def run_merge(
     merged = result.state if model is None else stored_state(result.model, result.state)
     state = _finished(merged, base, recipe.out_dtype)
     report = {**result.report, "plan": plan}
-    files = accompanying_files(recipe, report, result.coefficients)
+    files = accompanying_files(recipe, report, result.coefficients, result.learner)
     if _is_file(out):
         save_state_dict(state, out, metadata=files, overwrite=overwrite)
     else:

@@ -12,7 +12,7 @@ import pytest
 import sre_embedding_model
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -27,6 +27,7 @@ from transformers import (
 
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.cli import main
+from statsmerge_ext.engine import journal, learning
 from tests.tiny_models import (
     assert_refused,
     files_in,
@@ -124,6 +125,37 @@ def test_classifiers_bring_their_own_heads_for_learned_methods(models):
     assert coefficients.shape[1] == 2
     assert coefficients.std() > 1e-4
     BertForSequenceClassification.from_pretrained(models / "out")
+
+    # What was learned there predicts the same coefficients from the weights alone.
+    recipe |= {"calibration": None, "parameters": {"learner": "out/learner.json"}}
+    assert merge(models, method="stats_merging_predict", out="again", **recipe) == 0
+    again = torch.tensor(json.loads((models / "again" / "coefficients.json").read_text())["values"])
+    assert again.shape[1] == 2
+    one, two = (load_file(models / out / "model.safetensors") for out in ("out", "again"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor)
+
+
+def test_an_interrupted_merge_is_resumed(models, monkeypatch):
+    """The journal lies beside the output; without --resume it is forgotten, and at the end it is removed."""
+    monkeypatch.setattr(journal, "_SECONDS_BETWEEN_SAVES", 0.0)
+    epoch, epochs = learning._Run.train_epoch, []
+
+    def train_epoch(self):
+        epochs.append(self.epoch)
+        if len(epochs) in stops:
+            raise KeyboardInterrupt
+        epoch(self)
+
+    monkeypatch.setattr(learning._Run, "train_epoch", train_epoch)
+    recipe = {"calibration": {"data": "texts.txt", "samples": 8}, "parameters": {"epochs": 4, "loss": "features"}}
+    stops = {3, 5}
+    assert merge(models, method="stats_merging", **recipe) == 130
+    assert (models / "out.journal").exists()
+    assert merge(models, method="stats_merging", **recipe) == 130
+    assert merge(models, "--resume", method="stats_merging", **recipe) == 0
+    assert epochs == [0, 1, 2, 0, 1, 1, 2, 3]
+    assert not (models / "out.journal").exists()
 
 
 def tiny(architecture: str):

@@ -1,49 +1,69 @@
-"""A merged model as a differentiable function of its coefficients, and the loop that learns them."""
+"""A merged model as a differentiable function of its coefficients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.errors import CalibrationError, MethodError
+from statsmerge_ext.errors import MethodError
 from statsmerge_ext.layers import Layer
+
+SPACES = ("task_vectors", "weights")
+#: In what form task vectors wait for the next step; the codes are quantised by :class:`ops.QuantizedTensor`.
+STORAGES = ("full", "bfloat16", "int8", "int4", "int3", "int2")
 
 
 class LayerWiseMergedModel:
-    """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l, run with the λ's gradients.
+    """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l, run with the λ's gradients; in the space "weights", θ^l = Σ_k λ_k^l θ_k^l.
 
     The weights are merged once a step for all tasks: the tasks' gradients add up on the merged weights and are
     contracted with the task vectors once, ⟨dL/dθ^l, τ_k^l⟩, instead of once a task.
+
+    Args:
+        problem: the models; its ``model`` is used up.
+        space: what the coefficients weigh, one of :data:`SPACES`.
+        storage: in what form that is kept, one of :data:`STORAGES`; "full" is the dtype that merging computes in.
+        prepare: what is made of a layer's task vectors before they are kept.
 
     Attributes:
         layers: the L layers that some expert changed, in the order of the coefficients' rows.
 
     Raises:
-        MethodError: no expert differs from the base.
+        MethodError: no expert differs from the base, or an argument is none of its choices.
         CheckpointError: a model holds NaN or infinity.
     """
 
-    def __init__(self, problem: MergeProblem) -> None:
+    def __init__(
+        self,
+        problem: MergeProblem,
+        *,
+        space: str = "task_vectors",
+        storage: str = "full",
+        prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda task_vectors: task_vectors,
+    ) -> None:
+        if storage not in STORAGES:
+            raise MethodError(f"storage: expected one of {STORAGES}, got {storage!r}")
         self.problem = problem
         self.layers: list[Layer] = []
         self._base: list[Tensor] = []
-        self._task_vectors: list[list[Tensor]] = [[] for _ in problem.experts]
+        self._task_vectors: list[list[Tensor | ops.QuantizedTensor]] = [[] for _ in problem.experts]
         for _, parts in groupby(problem.layers, lambda layer: layer.parameter):
             layers = list(parts)
             task_vectors = [problem.task_vectors(layer) for layer in layers]
             if not any(t.any() for of_layer in task_vectors for t in of_layer):
                 continue
-            self.layers += layers
-            self._base += [problem.base_part(layer) for layer in layers]
-            for mine, of_expert in zip(self._task_vectors, zip(*task_vectors, strict=True), strict=True):
-                mine += of_expert
+            for layer, of_layer in zip(layers, task_vectors, strict=True):
+                base, moved = weighed(space, problem.base_part(layer), prepare(of_layer))
+                self.layers.append(layer)
+                self._base.append(base)
+                for mine, tensor in zip(self._task_vectors, moved, strict=True):
+                    mine.append(_stored(tensor, storage))
         if not self.layers:
             raise MethodError("experts: all of them equal the base, so there are no coefficients to learn")
         problem.model.load_state_dict(dict(problem.base), strict=False)
@@ -110,64 +130,6 @@ class _Runner(nn.Module):
         return self._forward(self.model, batch)
 
 
-def learn_coefficients(
-    merged: LayerWiseMergedModel,
-    coefficients: Callable[[], Tensor],
-    parameters: Iterable[Tensor],
-    loss: Callable[[str, int, Tensor], Tensor],
-    *,
-    epochs: int,
-    lr: float,
-    lr_step: int,
-    autocast: bool,
-    description: str,
-) -> dict:
-    """Adam on ``parameters``, one batch of every task a step, the learning rate divided by ten every ``lr_step`` epochs.
-
-    Args:
-        merged: the model to train through.
-        coefficients: gives the λ [L, K] or [K] as a function of ``parameters``.
-        parameters: what is learned.
-        loss: (expert, number of its batch, logits) -> scalar; it has no labels to see.
-        epochs: passes over the task with the most batches; the others repeat theirs.
-        autocast: run the model and its head in bfloat16 where torch.autocast does; merged weights, losses and
-            coefficients stay as they are.
-
-    Returns:
-        facts for the report: steps, first and last epoch's mean loss.
-
-    Raises:
-        MethodError: the loss is not finite, or a setting is out of range.
-    """
-    if epochs < 1 or lr <= 0 or lr_step < 1:
-        raise MethodError(f"epochs, lr, lr_step: expected positive numbers, got {epochs}, {lr}, {lr_step}")
-    problem = merged.problem
-    steps = max(len(batches) for batches in problem.batches.values())
-    streams = {name: _shuffled(batches, problem.seed + k) for k, (name, batches) in enumerate(problem.batches.items())}
-    optimizer = torch.optim.Adam(list(parameters), lr=lr)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=lr_step, gamma=0.1)
-    history = []
-    for _ in tqdm(range(epochs), desc=description, unit="epoch", disable=not problem.progress):
-        total = 0.0
-        for _ in range(steps):
-            optimizer.zero_grad()
-            merged.merge_weights(coefficients())
-            for name, stream in streams.items():
-                place, batch = next(stream)
-                with torch.autocast(merged.device.type, torch.bfloat16, enabled=autocast):
-                    logits = logits_of(problem.heads.get(name), merged(batch))
-                value = loss(name, place, logits.float() if autocast else logits) / len(streams)
-                merged.accumulate(value)
-                total += value.item()
-            if not torch.isfinite(torch.tensor(total)):
-                raise MethodError(f"{description}: the loss is {total}; try a smaller lr (it is {lr})")
-            merged.backward()
-            optimizer.step()
-        schedule.step()
-        history.append(total / steps)
-    return {"steps": steps * epochs, "first_loss": history[0], "last_loss": history[-1]}
-
-
 def is_layer_wise(granularity: str) -> bool:
     """Whether there is a coefficient a layer and expert ("layer") or one an expert ("task").
 
@@ -178,23 +140,19 @@ def is_layer_wise(granularity: str) -> bool:
     return granularity == "layer"
 
 
-def logits_of(head: Callable | None, output: object) -> Tensor:
-    """``output`` of a model, through ``head`` if there is one, as logits [N, C].
+def weighed(space: str, base: Tensor, task_vectors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Where the coefficients of ``space`` start from in a layer, and the K tensors that they weigh.
 
-    Raises CalibrationError if that is no tensor of at least two dimensions.
+    Raises MethodError for a space that is none of :data:`SPACES`.
     """
-    logits = head(output) if head is not None else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
-        raise CalibrationError(
-            "heads: expected a head for every expert, or a model whose output is logits [N, C]; got "
-            + (f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__)
-        )
-    return logits
+    if space not in SPACES:
+        raise MethodError(f"space: expected one of {SPACES}, got {space!r}")
+    if space == "task_vectors":
+        return base, task_vectors
+    return torch.zeros_like(base), [base + task_vector for task_vector in task_vectors]
 
 
-def _shuffled(batches: list, seed: int) -> Iterator[tuple[int, object]]:
-    """The batches with their numbers, for ever, in a new order each time round."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for place in torch.randperm(len(batches), generator=generator).tolist():
-            yield place, batches[place]
+def _stored(tensor: Tensor, storage: str) -> Tensor | ops.QuantizedTensor:
+    if storage == "full":
+        return tensor
+    return tensor.bfloat16() if storage == "bfloat16" else ops.QuantizedTensor.quantize(tensor, int(storage[3:]))

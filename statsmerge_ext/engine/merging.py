@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from statsmerge_ext.calibration import as_unlabelled_batches
 from statsmerge_ext.checkpoints import check_compatible, open_checkpoint
 from statsmerge_ext.engine.buffers import merge_buffers
+from statsmerge_ext.engine.journal import Journal
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from statsmerge_ext.evidence import GramEvidence, collect_grams
+from statsmerge_ext.evidence.artefact import fingerprint
 from statsmerge_ext.layers import Layer, find_layers, layers_of_state
 from statsmerge_ext.methods import get_method
 
@@ -32,12 +34,14 @@ class MergeResult:
         state: its state dict, keys and dtypes as the base's.
         model: the base's module with that state, None where the base was no module.
         coefficients: {"names": layers, "tasks": experts, "values": [L, K]} or None.
+        learner: what the method learned and ``stats_merging_predict`` applies to other models, or None.
         report: JSON-able facts: method, experts, seconds, what became of each kind of layer.
     """
 
     state: dict[str, Tensor]
     model: nn.Module | None = None
     coefficients: dict | None = None
+    learner: object | None = None
     report: dict = field(default_factory=dict)
 
 
@@ -51,6 +55,7 @@ def merge(
     forward: Callable[[nn.Module, object], object] | None = None,
     evidence: GramEvidence | str | Path | None = None,
     buffers: str = "average",
+    journal: str | Path | None = None,
     progress: bool = False,
     seed: int = 0,
     **hyperparameters,
@@ -70,6 +75,8 @@ def merge(
             for the methods that use Gram matrices alone.
         buffers: "average" the experts' floating-point buffers (BatchNorm statistics), or "reestimate" them by running
             the merged model on all calibration batches.
+        journal: file in which methods that learn keep their progress; the same merge called again takes it up there and
+            gives the same result. It is removed at the end.
         progress: show progress bars.
         seed: of all that is random.
         hyperparameters: the method's own.
@@ -121,7 +128,11 @@ def merge(
     problem.evidence = evidence
     collected = time.perf_counter()
 
+    if journal is not None and "batches" in chosen.needs:
+        problem.journal = Journal(journal, _identity(problem, method, hyperparameters))
     solution = chosen(problem, **hyperparameters)
+    if problem.journal:
+        problem.journal.remove()
     state = _complete(problem, solution, buffers)
     model = None
     if module is not None:  # a new copy: the method's own may be frozen, or in another mode
@@ -130,7 +141,7 @@ def merge(
     coefficients = _coefficient_table(problem, solution)
     report = {
         "method": method,
-        "hyperparameters": {**chosen.hyperparameters, **hyperparameters},
+        "hyperparameters": {k: _plain(v) for k, v in {**chosen.hyperparameters, **hyperparameters}.items()},
         "experts": list(states),
         "buffers": buffers,
         "seed": seed,
@@ -138,12 +149,36 @@ def merge(
         "layers": _layer_report(layers, evidence if "grams" in chosen.needs else None),
         **solution.notes,
     }
-    return MergeResult(state, model, coefficients, report)
+    return MergeResult(state, model, coefficients, solution.learner, report)
 
 
 def default_forward(model: nn.Module, batch: object) -> object:
     """Call ``model`` with a tensor, or with a mapping's entries as keyword arguments."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _plain(value: object) -> object:
+    """A hyperparameter as the report shows it, JSON-able."""
+    if value is None or isinstance(value, (bool, int, float, str, list, tuple)):
+        return value
+    return str(value) if isinstance(value, Path) else type(value).__name__
+
+
+def _identity(problem: MergeProblem, method: str, hyperparameters: Mapping) -> dict:
+    """What decides the result of a merge."""
+    batches = {
+        f"{name}/{place}/{key}": tensor.double()
+        for name, of_expert in problem.batches.items()
+        for place, batch in enumerate(of_expert)
+        for key, tensor in (batch.items() if isinstance(batch, Mapping) else [("", batch)])
+    }
+    return {
+        "method": method,
+        "hyperparameters": {name: str(value) for name, value in hyperparameters.items()},
+        "seed": problem.seed,
+        "models": [fingerprint(problem.base), *(fingerprint(state) for state in problem.experts.values())],
+        "batches": fingerprint(batches),
+    }
 
 
 def _as_state(model: Model, argument: str) -> Mapping[str, Tensor]:

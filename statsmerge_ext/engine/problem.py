@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from statsmerge_ext.checkpoints import check_finite
+from statsmerge_ext.engine.journal import Journal
 from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.layers import Layer
 
@@ -25,11 +26,13 @@ class Solution:
     Attributes:
         parameters: state dict key -> merged tensor, in the base's dtype, for every parameter.
         coefficients: the λ that were learned or given, [L, K] or [K]; None for methods without.
+        learner: what was learned and can be applied to other models, with a ``to_json`` method; None for most.
         notes: JSON-able facts for the report.
     """
 
     parameters: dict[str, Tensor]
     coefficients: Tensor | None = None
+    learner: object | None = None
     notes: dict = field(default_factory=dict)
 
 
@@ -47,6 +50,7 @@ class MergeProblem:
         batches: expert name -> list of unlabelled batches.
         heads: expert name -> function from the model's output to logits.
         base_source, sources: how error messages call the base and each expert (by path, where there is one).
+        journal: where a method that takes long keeps its progress, if anywhere.
         seed: for all that is random.
         progress: whether to show progress bars.
     """
@@ -61,6 +65,7 @@ class MergeProblem:
     heads: Mapping[str, Callable] = field(default_factory=dict)
     base_source: str = "base"
     sources: Mapping[str, str] = field(default_factory=dict)
+    journal: Journal | None = None
     seed: int = 0
     progress: bool = False
 

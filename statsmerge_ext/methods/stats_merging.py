@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections.abc import Sequence
+from pathlib import Path
 
-from statsmerge_ext.engine.merged_model import LayerWiseMergedModel, is_layer_wise, learn_coefficients, logits_of
+import torch
+from torch import Tensor
+
+from statsmerge_ext import ops
+from statsmerge_ext.distillation import ExpertTeachers
+from statsmerge_ext.engine.learning import Training, learn_coefficients
+from statsmerge_ext.engine.merged_model import LayerWiseMergedModel, is_layer_wise, weighed
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.evidence import collect_weight_statistics
+from statsmerge_ext.layers import Layer
+from statsmerge_ext.methods.learner import FittedLearner, Normalisation, StatsMergeLearner
 from statsmerge_ext.methods.registry import register_method
 
-LOSSES = ("cross_entropy", "kl")
-
-
-class StatsMergeLearner(nn.Module):
-    """Two-layer perceptron from features of statistics [..., F] to coefficients [...].
-
-    Its last layer starts small, so that every coefficient starts near ``init_values``.
-    """
-
-    def __init__(self, features: int, hidden: int = 256, init_values: float = 0.3) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        nn.init.normal_(self.layers[2].weight, std=1e-3 / hidden**0.5)
-        nn.init.constant_(self.layers[2].bias, init_values)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).squeeze(-1)
-
-
-def statistics_features(values: Tensor) -> Tensor:
-    """Statistics [..., K, 3 + r] (mean, variance, norm, singular values) as features [..., K, 2 (3 + r)] float32.
-
-    All but the mean are positive and spread over decades, so their logarithm is taken. Each is then standardised
-    twice: over all layers and experts, which tells layers apart, and over the experts of its own layer, which tells
-    experts apart whose weights hardly differ.
-    """
-    values = values.double()
-    floor = values[..., 1:].abs().amax().clamp_min(1e-30) * 1e-12
-    values = torch.cat([values[..., :1], values[..., 1:].clamp_min(floor).log()], -1)
-
-    def standardise(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        centred = x - x.mean(dims, keepdim=True)
-        spread = centred.square().mean(dims, keepdim=True).sqrt()
-        return torch.where(spread > 1e-12, centred / spread.clamp_min(1e-12), 0)
-
-    everywhere = standardise(values, tuple(range(values.dim() - 1)))
-    within_layer = standardise(values, (-2,))
-    return torch.cat([everywhere, within_layer], -1).float()
+#: The statistics by name, as ``statistics`` chooses among them; "sigma" stands for all singular values.
+STATISTICS = ("mean", "variance", "norm", "sigma")
 
 
 @register_method("stats_merging", needs=("batches",))
@@ -58,9 +29,11 @@ def stats_merging(
     *,
     granularity: str = "layer",
     of: str = "weights",
+    space: str = "task_vectors",
     r: int = 3,
+    statistics: Sequence[str] = STATISTICS,
     hidden: int = 256,
-    init_values: float = 0.3,
+    init_values: float | None = None,
     softmax: bool = False,
     loss: str = "cross_entropy",
     temperature: float = 1.0,
@@ -68,6 +41,9 @@ def stats_merging(
     lr: float = 1e-3,
     lr_step: int = 100,
     autocast: bool = False,
+    holdout: float = 0.0,
+    patience: int = 20,
+    storage: str = "full",
 ) -> Solution:
     """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l, λ_k^l = learner(statistics of layer l of expert k).
 
@@ -78,69 +54,103 @@ def stats_merging(
     Args:
         granularity: "layer" for a λ a layer and expert, "task" for one an expert (from model-wise statistics).
         of: take the statistics of the experts' "weights" (the paper's text) or "task_vectors" (its code).
+        space: λ weighs the "task_vectors" (the paper's code) or the experts' "weights", θ^l = Σ_k λ_k^l θ_k^l (its
+            text).
         r: number of singular values.
+        statistics: which of "mean", "variance", "norm" and "sigma" the learner sees.
         hidden: width of the learner.
-        init_values: the λ to start from.
+        init_values: the λ to start from; None: 0.3 for task vectors and 1 / K for weights.
         softmax: pass the learner's outputs through a softmax over the experts (the paper's code); they then start
             at 1 / K, whatever ``init_values``.
-        loss: "cross_entropy" against the teacher's most likely class, or "kl" from its distribution.
+        loss: "cross_entropy" against the teacher's most likely class, "kl" from its distribution, or "features" for
+            embedding models without a head.
         temperature: of both distributions in "kl", whose loss is scaled by its square.
         epochs, lr, lr_step: Adam's epochs over the calibration batches, its learning rate, and after how many epochs
             that is divided by ten.
-        autocast: run the merged model in bfloat16 while learning (:func:`learn_coefficients`): much faster on
-            processors that multiply bfloat16, with coefficients that differ a little.
+        autocast: run the merged model in bfloat16 while learning: much faster on processors that multiply bfloat16,
+            with coefficients that differ a little.
+        holdout, patience: the share of the batches to stop early by, and after how many epochs without progress there.
+        storage: "full", "bfloat16", "int8", "int4", "int3" or "int2": in what form the task vectors wait for the next
+            step; what is smaller than "full" takes that much less memory, and merges what it stores.
 
     Raises:
-        MethodError: a setting is unknown or out of range, no expert differs from the base, or the loss diverges.
-        CalibrationError: the model's outputs are no logits and there are no heads.
+        MethodError: a setting is unknown or out of range, no expert differs from the base, or the first loss is not
+            finite.
+        CalibrationError: the model's outputs are not what the loss compares.
     """
-    if loss not in LOSSES:
-        raise MethodError(f"loss: expected one of {LOSSES}, got {loss!r}")
-    layer_wise = is_layer_wise(granularity)
-    teachers = teacher_logits(problem)
-    merged = LayerWiseMergedModel(problem)
-    statistics = collect_weight_statistics(
+    training = Training(epochs, lr, lr_step, autocast, holdout, patience)
+    is_layer_wise(granularity)
+    columns = _columns(statistics, r)
+    if init_values is None:
+        init_values = 0.3 if space == "task_vectors" else 1 / len(problem.experts)
+    teachers = ExpertTeachers(problem, loss, temperature)
+    merged = LayerWiseMergedModel(problem, space=space, storage=storage)
+    collected = collect_weight_statistics(
         merged.layers, problem.base, problem.experts, of=of, r=r, progress=problem.progress
     )
-    features = statistics_features(statistics.values if layer_wise else statistics.model_wise())
+    values = collected.values if granularity == "layer" else collected.model_wise()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(problem.seed)
-        learner = StatsMergeLearner(features.shape[-1], hidden, init_values)
-
-    def coefficients() -> Tensor:
-        outputs = learner(features)
-        return outputs.softmax(-1) if softmax else outputs
-
-    def distillation(name: str, place: int, logits: Tensor) -> Tensor:
-        teacher = teachers[name][place]
-        if loss == "cross_entropy":
-            return F.cross_entropy(logits, teacher.argmax(-1))
-        student = (logits / temperature).log_softmax(-1)
-        return temperature**2 * F.kl_div(student, (teacher / temperature).softmax(-1), reduction="batchmean")
-
+        network = StatsMergeLearner(2 * len(columns), hidden, init_values)
+    learner = FittedLearner(network, Normalisation.of(values, columns), of, r, granularity, space, softmax)
+    features = learner.features(collected)
     facts = learn_coefficients(
         merged,
-        coefficients,
-        learner.parameters(),
-        distillation,
-        epochs=epochs,
-        lr=lr,
-        lr_step=lr_step,
-        autocast=autocast,
-        description="StatsMerging",
+        lambda: learner.coefficients(features),
+        network.parameters(),
+        teachers.output,
+        teachers.loss,
+        training,
+        "StatsMerging",
     )
-    solution = merged.merge_and_unload(coefficients().detach())
+    solution = merged.merge_and_unload(learner.coefficients(features).detach())
     solution.notes["training"] = facts
+    solution.learner = learner
     return solution
 
 
-def teacher_logits(problem: MergeProblem) -> dict[str, list[Tensor]]:
-    """Each expert's logits on its own unlabelled batches, [N, C] a batch."""
-    logits = {}
+@register_method("stats_merging_predict")
+def stats_merging_predict(problem: MergeProblem, *, learner: str | Path | FittedLearner) -> Solution:
+    """The coefficients that a learner trained on other models, tasks or experts predicts from statistics alone.
+
+    No data is needed. The coefficients of an expert depend on which experts it is merged with, since a learner sees how
+    they differ.
+
+    Args:
+        learner: what ``stats_merging`` has learned: ``MergeResult.learner``, or the path of the ``learner.json`` that
+            it leaves beside a merged model.
+
+    Raises:
+        MethodError: no expert differs from the base.
+        CheckpointError: the file is not a learner.
+    """
+    fitted = learner if isinstance(learner, FittedLearner) else FittedLearner.load(learner)
+    changed = {x.parameter for x in problem.layers if any(t.any() for t in problem.task_vectors(x))}
+    layers = [layer for layer in problem.layers if layer.parameter in changed]
+    if not layers:
+        raise MethodError("experts: all of them equal the base, so there are no coefficients to predict")
+    statistics = collect_weight_statistics(
+        layers, problem.base, problem.experts, of=fitted.of, r=fitted.r, progress=problem.progress
+    )
     with torch.no_grad():
-        for name, state in problem.experts.items():
-            problem.model.load_state_dict(dict(state), strict=False)
-            problem.model.eval()
-            head = problem.heads.get(name)
-            logits[name] = [logits_of(head, problem.forward(problem.model, b)) for b in problem.batches[name]]
-    return logits
+        coefficients = fitted.coefficients(fitted.features(statistics)).expand(len(layers), -1)
+    rows = dict(zip((layer.name for layer in layers), coefficients, strict=True))
+    unchanged = coefficients.new_full(coefficients.shape[1:], float("nan"))
+
+    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+        if layer.name not in rows:
+            return base
+        start, moved = weighed(fitted.space, base, task_vectors)
+        return ops.weighted_merge([start], [[t] for t in moved], rows[layer.name])[0]
+
+    table = torch.stack([rows.get(layer.name, unchanged) for layer in problem.layers]).double()
+    return problem.map_layers(merge, coefficients=table)
+
+
+def _columns(statistics: Sequence[str], r: int) -> list[int]:
+    """The columns of the statistics [mean, variance, norm, σ_1 … σ_r] that are named."""
+    unknown = [name for name in statistics if name not in STATISTICS]
+    if unknown or isinstance(statistics, str) or not statistics:
+        raise MethodError(f"statistics: expected some of {STATISTICS}, got {statistics!r}")
+    columns = [place for place, name in enumerate(STATISTICS[:3]) if name in statistics]
+    return columns + (list(range(3, 3 + r)) if "sigma" in statistics else [])

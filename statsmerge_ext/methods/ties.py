@@ -32,19 +32,42 @@ def ties(
     Raises:
         MethodError: a density outside (0, 1], or a wrong number of weights.
     """
-    if not 0 < density <= 1:
-        raise MethodError(f"density: expected a number in (0, 1], got {density}")
     shares = expert_weights(weights, len(problem.experts), 1.0).float()
-    thresholds = [_threshold(problem, name, density) for name in problem.experts]
+    election = Election(problem, density, shares)
 
     def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        trimmed = torch.stack([t * (t.abs() >= cut) for t, cut in zip(task_vectors, thresholds, strict=True)])
-        weighted = trimmed * shares.to(trimmed).view(-1, *[1] * base.dim())
-        agrees = (weighted * weighted.sum(0).sign() > 0).to(trimmed)
-        counts = torch.einsum("k,k...->...", shares.to(trimmed).abs(), agrees)
-        return base + scaling_factor * (weighted * agrees).sum(0) / counts.clamp_min(torch.finfo(base.dtype).tiny)
+        elected = torch.stack(election.elected(task_vectors))
+        of_expert = shares.to(elected).view(-1, *[1] * base.dim())
+        counts = (of_expert.abs() * (elected != 0)).sum(0)
+        return base + scaling_factor * (of_expert * elected).sum(0) / counts.clamp_min(torch.finfo(base.dtype).tiny)
 
     return problem.map_layers(merge)
+
+
+class Election:
+    """The first two steps of TIES: trimming task vectors, and electing the sign of every entry.
+
+    Args:
+        problem: the models.
+        density: as in :func:`ties`.
+        weights: [K], how much each expert's entries count in the election; None: alike.
+
+    Raises:
+        MethodError: a density outside (0, 1].
+    """
+
+    def __init__(self, problem: MergeProblem, density: float, weights: Tensor | None = None) -> None:
+        if not 0 < density <= 1:
+            raise MethodError(f"density: expected a number in (0, 1], got {density}")
+        self._weights = torch.ones(len(problem.experts)) if weights is None else weights
+        self._thresholds = [_threshold(problem, name, density) for name in problem.experts]
+
+    def elected(self, task_vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The task vectors of one layer with zeros for all entries that are trimmed or have lost the election."""
+        trimmed = [t * (t.abs() >= cut) for t, cut in zip(task_vectors, self._thresholds, strict=True)]
+        weighted = [weight * t for weight, t in zip(self._weights.tolist(), trimmed, strict=True)]
+        sign = torch.stack(weighted).sum(0).sign()
+        return [t * (w * sign > 0) for t, w in zip(trimmed, weighted, strict=True)]
 
 
 def _threshold(problem: MergeProblem, name: str, density: float) -> float:

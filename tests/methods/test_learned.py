@@ -15,7 +15,7 @@ from statsmerge_ext.engine.merging import default_forward
 from statsmerge_ext.engine.problem import MergeProblem
 from statsmerge_ext.errors import CalibrationError, MethodError
 from statsmerge_ext.layers import find_layers
-from statsmerge_ext.methods.stats_merging import StatsMergeLearner, statistics_features
+from statsmerge_ext.methods.learner import Normalisation, StatsMergeLearner
 from tests.closed_forms import fine_tuned, make_experts
 
 
@@ -108,7 +108,8 @@ def test_stats_merging_comes_closer_to_the_teachers(base, granularity, loss):
 def test_learner_parameters_receive_gradients():
     torch.manual_seed(0)
     learner = StatsMergeLearner(12)
-    coefficients = learner(statistics_features(torch.rand(5, 3, 6)))
+    statistics = torch.rand(5, 3, 6)
+    coefficients = learner(Normalisation.of(statistics)(statistics))
     assert coefficients.shape == (5, 3)
     torch.testing.assert_close(coefficients, torch.full((5, 3), 0.3), atol=0.01, rtol=0)
     coefficients.square().sum().backward()
@@ -258,7 +259,13 @@ def test_heads_turn_features_into_logits(base):
         ("stats_merging", {"loss": "mse"}, "loss: expected one of"),
         ("stats_merging", {"of": "gradients"}, "of: expected one of"),
         ("adamerging", {"epochs": 0}, "epochs, lr, lr_step: expected positive numbers"),
-        ("stats_merging", {"lr": 1e30, "epochs": 3}, "the loss is"),
+        ("stats_merging", {"init_values": 1e30}, "the first loss is"),
+        ("stats_merging", {"space": "gradients"}, "space: expected one of"),
+        ("stats_merging", {"storage": "int5"}, "storage: expected one of"),
+        ("stats_merging", {"statistics": ["median"]}, "statistics: expected some of"),
+        ("stats_merging", {"temperature": 0.0}, "temperature: expected a positive number"),
+        ("stats_merging", {"holdout": 1.0}, "holdout, patience: expected"),
+        ("adamerging", {"density": 2.0}, "density: expected a number in"),
     ],
 )
 def test_bad_settings(base, method, options, message):

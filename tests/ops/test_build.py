@@ -73,7 +73,9 @@ def test_source_distribution_carries_the_sources(tmp_path):
 
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".inl", ".cu", ".cuh", ".sh"}]
+    sources = [
+        path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".inl", ".cu", ".cuh", ".sh"}
+    ]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "statsmerge_ext/ops/common.py"} <= names
     assert not any(name.endswith(".so") for name in names)

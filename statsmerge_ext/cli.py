@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from statsmerge_ext import __version__
-from statsmerge_ext.checkpoints import check_compatible, open_checkpoint
-from statsmerge_ext.errors import StatsMergeError
+from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, quantize_expert, quantize_experts
+from statsmerge_ext.errors import CheckpointError, StatsMergeError
 from statsmerge_ext.methods import get_method, list_methods
+from statsmerge_ext.ops.quantized import BITS
 from statsmerge_ext.run import run_merge
 
 EXIT_ERROR = 2
@@ -69,6 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--resume", action="store_true", help="take up an interrupted merge where it was")
     merging.add_argument("--dry-run", action="store_true", help="check everything, say what would be written, stop")
 
+    quantize = add("quantize", _quantize, "Store experts as quantised task vectors, which every method reads.")
+    quantize.add_argument("base", metavar="BASE", type=Path, help="the pretrained checkpoint")
+    quantize.add_argument("experts", metavar="EXPERT", type=Path, nargs="+", help="checkpoints fine-tuned from it")
+    quantize.add_argument("--out", metavar="OUT", type=Path, required=True, help=".safetensors file, or a directory")
+    quantize.add_argument("--bits", type=int, choices=BITS, default=4, help="bits a parameter (default: 4)")
+    quantize.add_argument("--group-size", type=int, metavar="N", help="parameters with a scale of their own")
+    quantize.add_argument(
+        "--residual",
+        action="store_true",
+        help="store what the experts share in a file of its own, and of each only what is left, in OUT/NAME.safetensors",
+    )
+    quantize.add_argument("--shared-bits", type=int, choices=BITS, default=3, help="of that file (default: 3)")
+    quantize.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+
     evaluation = add("evaluate", _evaluate, "Print a model's accuracy on every task of a suite.")
     evaluation.add_argument("suite", metavar="SUITE", help="name of a task suite, such as vision8")
     which = evaluation.add_mutually_exclusive_group(required=True)
@@ -116,6 +131,27 @@ def _merge(options: argparse.Namespace) -> None:
         print(f"would write {options.out}: {size}")
     elif not options.quiet:
         print(f"wrote {options.out}: {size}")
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    base = open_checkpoint(options.base)
+    experts = {path.stem if path.is_file() else path.name: open_checkpoint(path) for path in options.experts}
+    shared = {
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "overwrite": options.overwrite,
+        "progress": not options.quiet,
+    }
+    if options.residual:
+        quantize_experts(base, experts, options.out, shared_bits=options.shared_bits, **shared)
+    elif len(options.experts) == 1:
+        quantize_expert(base, *experts.values(), options.out, **shared)
+    else:
+        raise CheckpointError(
+            "quantize: several experts go into one directory with --residual; otherwise one at a time"
+        )
+    if not options.quiet:
+        print(f"wrote {options.out}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

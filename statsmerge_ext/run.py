@@ -16,6 +16,7 @@ from statsmerge_ext.checkpoints import (
     check_compatible,
     check_finite,
     open_checkpoint,
+    open_expert,
     save_hf_directory,
     save_state_dict,
 )
@@ -72,7 +73,7 @@ def run_merge(
     _refuse_inputs(out, recipe)
     check_output(out, overwrite)
     base = open_checkpoint(recipe.base, device, at_least=recipe.out_dtype)
-    experts = {name: open_checkpoint(path, device) for name, path in recipe.experts.items()}
+    experts = {name: open_expert(path, base, device) for name, path in recipe.experts.items()}
     check_compatible(base, experts)
     plan = _plan(recipe, base)
     _check_space(out, plan["bytes"])

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from statsmerge_ext.calibration import as_unlabelled_batches
-from statsmerge_ext.checkpoints import check_compatible, open_checkpoint
+from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, open_expert
+from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.journal import Journal
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from statsmerge_ext.evidence import GramEvidence, collect_grams
-from statsmerge_ext.evidence.artefact import fingerprint
 from statsmerge_ext.layers import Layer, find_layers, layers_of_state
 from statsmerge_ext.methods import get_method
 
@@ -66,7 +66,7 @@ def merge(
         method: name of a method, see :func:`statsmerge_ext.methods.list_methods`.
         base: the pretrained model: a module, a state dict, or a checkpoint's path. Methods that look at data need the
             module. It is not changed.
-        experts: name -> fine-tuned model, in any of the same forms.
+        experts: name -> fine-tuned model, in any of the same forms, or the path of a quantised task vector.
         calibration: name -> batches of that expert's task: tensors, or mappings of tensors. Labels are refused.
         heads: name -> function from the model's output to logits, for methods that compare predictions and models
             whose output is not logits already.
@@ -93,7 +93,7 @@ def merge(
         raise MethodError(f"buffers: expected 'average' or 'reestimate', got {buffers!r}")
     module = base if isinstance(base, nn.Module) else None
     base_state = _as_state(base, "base")
-    states = {name: _as_state(model, f"expert {name!r}") for name, model in experts.items()}
+    states = {name: _as_state(model, f"expert {name!r}", base_state) for name, model in experts.items()}
     sources = {name: _source(f"expert {name!r}", state) for name, state in states.items()}
     states = check_compatible(base_state, states)
     layers = find_layers(module) if module is not None else layers_of_state(base_state)
@@ -181,11 +181,11 @@ def _identity(problem: MergeProblem, method: str, hyperparameters: Mapping) -> d
     }
 
 
-def _as_state(model: Model, argument: str) -> Mapping[str, Tensor]:
+def _as_state(model: Model, argument: str, base: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
     if isinstance(model, nn.Module):
         return model.state_dict()
     if isinstance(model, (str, Path)):
-        return open_checkpoint(model)
+        return open_checkpoint(model) if base is None else open_expert(model, base)
     if isinstance(model, Mapping):
         return model
     raise CheckpointError(f"{argument}: expected a module, a state dict or a path, got {type(model).__name__}")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from statsmerge_ext.checkpoints import Checkpoint, open_checkpoint, save_state_dict
 from statsmerge_ext.errors import CalibrationError
-
-_SAMPLES = 4096
 
 
 def save_artefact(path: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: dict) -> None:
@@ -36,21 +32,3 @@ def load_artefact(path: str | Path, kind: str) -> tuple[Checkpoint, dict]:
     if metadata.get("format") != kind:
         raise CalibrationError(f"{path}: expected a file of format {kind!r}, found {metadata.get('format')!r}")
     return file, json.loads(metadata["facts"])
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes, dtypes and up to about 4,096 evenly spaced values of every floating-point tensor.
-
-    Cheap enough for models of any size; two fine-tunings of one model never agree in all of those values.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(state):
-        tensor = state[name].detach()
-        if not tensor.is_floating_point():  # counters and position tables are not merged, and an expert may lack them
-            continue
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
-        if sample.numel():  # torch cannot view an empty tensor as bytes
-            digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

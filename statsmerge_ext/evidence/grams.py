@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from statsmerge_ext import ops
+from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.errors import CalibrationError
-from statsmerge_ext.evidence.artefact import fingerprint, load_artefact, save_artefact
+from statsmerge_ext.evidence.artefact import load_artefact, save_artefact
 from statsmerge_ext.evidence.observe import Observation, observe
 from statsmerge_ext.layers import Layer
 

@@ -1,0 +1,228 @@
+"""Quantised task vectors on disk: experts in a few bits a parameter (TVQ and RTVQ, arXiv 2503.06921).
+
+A file is safetensors. Its metadata are "format" and "facts", JSON with
+  bits, group_size   of every quantised tensor; group_size null: one group a tensor
+  shapes             name → shape, of all tensors
+  base               fingerprint of the base that the task vector starts from
+  shared             null; or the name of another such file in the same directory whose values are added (RTVQ)
+A tensor of two or more dimensions is stored as NAME.codes [bytes] uint8 (codes packed without gaps, least significant
+bits first, padded to a multiple of 8 codes), NAME.scale [groups] float32 and NAME.zero_point [groups] int32; its values
+are scale · (code − zero_point). Others are stored as NAME, float32: their bytes do not count and their errors would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from statsmerge_ext.checkpoints.compatibility import check_compatible, check_finite, dtype_of, floating_names, shape_of
+from statsmerge_ext.checkpoints.fingerprint import fingerprint
+from statsmerge_ext.checkpoints.header import TensorInfo
+from statsmerge_ext.checkpoints.reading import SAFETENSORS_SUFFIX, Checkpoint, open_checkpoint
+from statsmerge_ext.checkpoints.writing import atomic_output, check_output, save_state_dict
+from statsmerge_ext.errors import CheckpointError
+from statsmerge_ext.ops import QuantizedTensor
+
+FORMAT = "statsmerge-task-vector-1"
+SHARED = "shared.safetensors"
+_PARTS = ("codes", "scale", "zero_point")
+
+
+def open_expert(path: str | os.PathLike, base: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Checkpoint:
+    """Open an expert: any checkpoint, or a quantised task vector, which is read as the base plus its values.
+
+    Args:
+        path: as for :func:`open_checkpoint`.
+        base: the model that it was fine-tuned from, a `Checkpoint` or a state dict.
+        device: where the tensors are put when they are read.
+
+    Raises:
+        CheckpointError: the file is unreadable, or a task vector from another base.
+    """
+    checkpoint = open_checkpoint(path, device)
+    if checkpoint.metadata.get("format") != FORMAT:
+        return checkpoint
+    expert = _QuantizedExpert(checkpoint, base)
+    config = base.config if isinstance(base, Checkpoint) else None
+    return Checkpoint(checkpoint.path, config, dict.fromkeys(expert.infos, expert), device, None)
+
+
+def quantize_expert(
+    base: Mapping[str, Tensor],
+    expert: Mapping[str, Tensor],
+    out: str | os.PathLike,
+    *,
+    bits: int = 4,
+    group_size: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Write the task vector of ``expert`` to one file, quantised tensor by tensor (TVQ); atomic.
+
+    Args:
+        base, expert: checkpoints or state dicts.
+        out: a ``.safetensors`` file.
+        bits: 2, 3, 4 or 8.
+        group_size: elements that share a scale, a multiple of 8; None: all of a tensor.
+
+    Raises:
+        CheckpointError: the expert does not fit the base, a tensor holds NaN or infinity, or ``out`` exists or cannot
+            be written.
+        ValueError: bits or group_size out of range.
+    """
+    out = _file(out)
+    check_output(out, overwrite)
+    expert = check_compatible(base, {"expert": expert})["expert"]
+    content = _Content(base, bits, group_size, shared=None)
+    for name in _bar(base, "Quantising", progress):
+        content.add(name, _difference(base, expert, name))
+    content.save(out, overwrite)
+
+
+def quantize_experts(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    out: str | os.PathLike,
+    *,
+    bits: int = 2,
+    shared_bits: int = 3,
+    group_size: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Write the task vectors of several experts in the residual form (RTVQ): ``out``/NAME.safetensors and a shared file.
+
+    The shared file holds the mean task vector in ``shared_bits`` bits, each expert's file what is left of its own once
+    the quantised mean is taken off, in ``bits`` bits: bits + shared_bits / K a parameter and expert in all.
+
+    Args:
+        base, experts: checkpoints or state dicts.
+        out: the directory to make.
+        bits, shared_bits: 2, 3, 4 or 8.
+        group_size: as in :func:`quantize_expert`.
+
+    Raises:
+        CheckpointError, ValueError: as :func:`quantize_expert`; an expert is called "shared".
+    """
+    out = Path(out)
+    check_output(out, overwrite)
+    if "shared" in experts:
+        raise CheckpointError("experts: 'shared' is the name of the file that all of them share; choose another")
+    experts = check_compatible(base, experts)
+    shared = _Content(base, shared_bits, group_size, shared=None)
+    of_experts = {name: _Content(base, bits, group_size, shared=SHARED) for name in experts}
+    for name in _bar(base, "Quantising", progress):
+        deltas = {expert: _difference(base, state, name) for expert, state in experts.items()}
+        mean = shared.add(name, torch.stack(list(deltas.values())).mean(0))
+        for expert, delta in deltas.items():
+            of_experts[expert].add(name, delta - mean)
+    with atomic_output(out, overwrite=overwrite, directory=True) as temporary:
+        shared.save(temporary / SHARED)
+        for expert, content in of_experts.items():
+            content.save(temporary / f"{expert}{SAFETENSORS_SUFFIX}")
+
+
+class _Content:
+    """What one file will hold."""
+
+    def __init__(self, base: Mapping[str, Tensor], bits: int, group_size: int | None, shared: str | None) -> None:
+        self._bits, self._group_size = bits, group_size
+        self._tensors: dict[str, Tensor] = {}
+        self._facts = {
+            "bits": bits,
+            "group_size": group_size,
+            "shapes": {name: list(shape_of(base, name)) for name in floating_names(base)},
+            "base": fingerprint(base),
+            "shared": shared,
+        }
+
+    def add(self, name: str, delta: Tensor) -> Tensor:
+        """Take in a tensor; returns the values that a reader will see."""
+        if delta.dim() < 2:
+            self._tensors[name] = delta.float()
+            return self._tensors[name]
+        quantized = QuantizedTensor.quantize(delta, self._bits, self._group_size)
+        self._tensors |= {f"{name}.{part}": getattr(quantized, part) for part in _PARTS}
+        return quantized.dequantize()
+
+    def save(self, path: Path, overwrite: bool = False) -> None:
+        metadata = {"format": FORMAT, "facts": json.dumps(self._facts)}
+        save_state_dict(self._tensors, path, metadata, overwrite=overwrite)
+
+
+class _QuantizedFile:
+    """A file of this format, its values tensor by tensor."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
+        self._tensors = checkpoint
+        try:
+            facts = json.loads(checkpoint.metadata["facts"])
+            self.shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
+            self.base, self.shared = facts["base"], facts["shared"]
+            self._bits, self._group_size = facts["bits"], facts["group_size"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.path}: its header describes no quantised task vector: {error!r}") from error
+
+    def values(self, name: str) -> Tensor:
+        """The values of a tensor, float32 in its shape."""
+        shape = self.shapes[name]
+        try:
+            if len(shape) < 2:
+                return self._tensors[name].reshape(shape)
+            parts = (self._tensors[f"{name}.{part}"] for part in _PARTS)
+            group_size = self._group_size or max(8, -(-shape.numel() // 8) * 8)
+            return QuantizedTensor(*parts, self._bits, group_size, shape).dequantize()
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is not as its header says: {error}") from error
+
+
+class _QuantizedExpert:
+    """A quantised task vector on its base, in the place of a file of a `Checkpoint`."""
+
+    def __init__(self, checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> None:
+        self.path, self.metadata = checkpoint.path, checkpoint.metadata
+        self._base = base
+        self._files = [_QuantizedFile(checkpoint)]
+        if self._files[0].shared is not None:
+            self._files.append(_QuantizedFile(_sibling(checkpoint, self._files[0].shared)))
+        known = fingerprint(base)
+        for file in self._files:
+            if file.base != known:
+                raise CheckpointError(f"{file.path}: is a task vector from another base: the fingerprints differ")
+        self.infos = {
+            name: TensorInfo(shape, torch.promote_types(dtype_of(base, name), torch.float32))
+            for name, shape in self._files[0].shapes.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        base = self._base[name].to(self.infos[name].dtype)
+        return base + sum(file.values(name) for file in self._files).to(base)
+
+
+def _sibling(checkpoint: Checkpoint, name: object) -> Checkpoint:
+    # A plain file name only: anything with a directory in it could lead out of the checkpoint.
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{checkpoint.path}: shares {name!r}, which is not a file in the same directory")
+    return open_checkpoint(checkpoint.path.parent / name)
+
+
+def _file(out: str | os.PathLike) -> Path:
+    if Path(out).suffix != SAFETENSORS_SUFFIX:
+        raise CheckpointError(f"{out}: a quantised task vector is a {SAFETENSORS_SUFFIX} file")
+    return Path(out)
+
+
+def _difference(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> Tensor:
+    delta = expert[name].float() - base[name].float()
+    return check_finite(name, delta, getattr(expert, "path", "expert"))
+
+
+def _bar(base: Mapping[str, Tensor], description: str, progress: bool) -> Iterator[str]:
+    return tqdm(floating_names(base), desc=description, unit="tensor", disable=not progress)

@@ -2,6 +2,7 @@
 
 from statsmerge_ext.methods import (  # importing a method's module registers it
     adamerging,
+    layer_wise_anchor,
     linear,
     lot,
     regmean,
@@ -17,6 +18,7 @@ __all__ = [
     "get_method",
     "linear",
     "list_methods",
+    "layer_wise_anchor",
     "lot",
     "register_method",
     "regmean",

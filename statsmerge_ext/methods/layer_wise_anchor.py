@@ -1,0 +1,78 @@
+"""Layer-wise anchor merging (arXiv 2409.15813): early layers are averaged, later ones lean towards one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from statsmerge_ext import ops
+from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.errors import MethodError
+from statsmerge_ext.layers import Layer
+from statsmerge_ext.methods.registry import nearest, register_method
+
+RAMPS = ("linear", "cosine")
+
+
+@register_method("layer_wise_anchor")
+def layer_wise_anchor(
+    problem: MergeProblem,
+    *,
+    anchor: str | None = None,
+    start: float = 0.0,
+    ramp: str = "linear",
+    heads: Sequence[str] = (),
+) -> Solution:
+    """θ^l = Σ_k λ_k^l θ_k^l with λ = 1/K for all at the input and 1 for the anchor at the output; no data is needed.
+
+    With ρ(d) rising from 0 to 1 over the depth d of a layer, λ is (1 − ρ) / K for every expert, and ρ more for the
+    anchor. The paper does not give its schedule; two ramps are offered. Depth is a layer's place among the modules of
+    the model, from 0 to 1.
+
+    Args:
+        anchor: name of the expert that the later layers lean towards; None: the first.
+        start: depth at which the ramp begins; all layers before it are plain averages.
+        ramp: "linear" or "cosine".
+        heads: parts of parameter names, such as "decode_head"; parameters with one of them are the anchor's own.
+
+    Raises:
+        MethodError: an unknown anchor or ramp, a start outside [0, 1), or a head that no parameter is named by.
+    """
+    names = list(problem.experts)
+    anchor = names[0] if anchor is None else anchor
+    if anchor not in names:
+        raise MethodError(f"anchor: expected one of {names}, got {anchor!r}{nearest(anchor, names)}")
+    if ramp not in RAMPS:
+        raise MethodError(f"ramp: expected one of {RAMPS}, got {ramp!r}")
+    if not 0 <= start < 1:
+        raise MethodError(f"start: expected a depth in [0, 1), got {start}")
+    for head in heads:
+        if not any(head in layer.parameter for layer in problem.layers):
+            raise MethodError(f"heads: no parameter's name holds {head!r}")
+    depths = _depths(problem.layers)
+    table = torch.zeros(len(problem.layers), len(names), dtype=torch.float64)
+    for row, layer in enumerate(problem.layers):
+        lean = 1.0 if any(head in layer.parameter for head in heads) else _lean(depths[row], start, ramp)
+        table[row] = (1 - lean) / len(names)
+        table[row, names.index(anchor)] += lean
+    rows = dict(zip((layer.name for layer in problem.layers), table, strict=True))
+
+    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+        return ops.weighted_merge([base], [[t] for t in task_vectors], rows[layer.name])[0]
+
+    return problem.map_layers(merge, coefficients=table)
+
+
+def _depths(layers: list[Layer]) -> list[float]:
+    """The place of each layer's module among all, 0 for the first and 1 for the last."""
+    modules = [layer.parameter.rpartition(".")[0] for layer in layers]
+    places = {module: place for place, module in enumerate(dict.fromkeys(modules))}
+    return [places[module] / max(1, len(places) - 1) for module in modules]
+
+
+def _lean(depth: float, start: float, ramp: str) -> float:
+    position = max(0.0, depth - start) / (1 - start)
+    return position if ramp == "linear" else (1 - math.cos(math.pi * position)) / 2

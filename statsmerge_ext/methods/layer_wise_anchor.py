@@ -24,7 +24,7 @@ def layer_wise_anchor(
     anchor: str | None = None,
     start: float = 0.0,
     ramp: str = "linear",
-    heads: Sequence[str] = (),
+    anchor_parameters: Sequence[str] = (),
 ) -> Solution:
     """θ^l = Σ_k λ_k^l θ_k^l with λ = 1/K for all at the input and 1 for the anchor at the output; no data is needed.
 
@@ -36,10 +36,11 @@ def layer_wise_anchor(
         anchor: name of the expert that the later layers lean towards; None: the first.
         start: depth at which the ramp begins; all layers before it are plain averages.
         ramp: "linear" or "cosine".
-        heads: parts of parameter names, such as "decode_head"; parameters with one of them are the anchor's own.
+        anchor_parameters: parts of parameter names, such as "decode_head"; parameters with one of them are the anchor's
+            own.
 
     Raises:
-        MethodError: an unknown anchor or ramp, a start outside [0, 1), or a head that no parameter is named by.
+        MethodError: an unknown anchor or ramp, a start outside [0, 1), or a part that no parameter's name holds.
     """
     names = list(problem.experts)
     anchor = names[0] if anchor is None else anchor
@@ -49,13 +50,14 @@ def layer_wise_anchor(
         raise MethodError(f"ramp: expected one of {RAMPS}, got {ramp!r}")
     if not 0 <= start < 1:
         raise MethodError(f"start: expected a depth in [0, 1), got {start}")
-    for head in heads:
-        if not any(head in layer.parameter for layer in problem.layers):
-            raise MethodError(f"heads: no parameter's name holds {head!r}")
+    for part in anchor_parameters:
+        if not any(part in layer.parameter for layer in problem.layers):
+            raise MethodError(f"anchor_parameters: no parameter's name holds {part!r}")
     depths = _depths(problem.layers)
     table = torch.zeros(len(problem.layers), len(names), dtype=torch.float64)
     for row, layer in enumerate(problem.layers):
-        lean = 1.0 if any(head in layer.parameter for head in heads) else _lean(depths[row], start, ramp)
+        own = any(part in layer.parameter for part in anchor_parameters)
+        lean = 1.0 if own else _lean(depths[row], start, ramp)
         table[row] = (1 - lean) / len(names)
         table[row, names.index(anchor)] += lean
     rows = dict(zip((layer.name for layer in problem.layers), table, strict=True))

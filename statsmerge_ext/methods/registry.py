@@ -19,6 +19,22 @@ from statsmerge_ext.errors import MethodError
 
 #: What a method can ask for beyond the weights: "grams" (Gram evidence) and "batches" (unlabelled batches and heads).
 NEEDS = frozenset({"grams", "batches"})
+#: Arguments of ``merge`` itself: a hyperparameter of such a name would never reach its method.
+RESERVED = frozenset(
+    {
+        "method",
+        "base",
+        "experts",
+        "calibration",
+        "heads",
+        "forward",
+        "evidence",
+        "buffers",
+        "journal",
+        "progress",
+        "seed",
+    }
+)
 ENTRY_POINTS = "statsmerge_ext.methods"
 
 _methods: dict[str, Method] = {}
@@ -50,7 +66,8 @@ class Method:
 def register_method(name: str, *, needs: Iterable[str] = ()) -> Callable:
     """Decorator that makes a function available as the method ``name``.
 
-    Raises MethodError if the name is taken or ``needs`` holds something unknown.
+    Raises MethodError if the name is taken, ``needs`` holds something unknown, or a hyperparameter has the name of an
+    argument of :func:`statsmerge_ext.merge`.
     """
     needs = frozenset(needs)
     if not needs <= NEEDS:
@@ -60,6 +77,8 @@ def register_method(name: str, *, needs: Iterable[str] = ()) -> Callable:
         if name in _methods and _methods[name].function is not function:
             raise MethodError(f"a method named {name!r} is already registered")
         _, *arguments = inspect.signature(function).parameters.values()
+        if taken := sorted(RESERVED.intersection(argument.name for argument in arguments)):
+            raise MethodError(f"method {name!r}: its hyperparameter {taken[0]!r} is an argument of merge; rename it")
         _methods[name] = Method(name, function, needs, {a.name: a.default for a in arguments})
         return function
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -207,3 +209,7 @@ def test_third_parties_register_methods(base, monkeypatch):
         register_method("first_expert")(lambda problem: None)
     with pytest.raises(MethodError, match="needs: expected some of"):
         register_method("other", needs=("labels",))
+    with pytest.raises(MethodError, match="its hyperparameter 'seed' is an argument of merge"):
+        register_method("other")(lambda problem, *, seed=0: None)
+    arguments = inspect.signature(merge).parameters.values()
+    assert {a.name for a in arguments if a.kind != a.VAR_KEYWORD} == registry.RESERVED

@@ -42,7 +42,11 @@ def expected(experts, lean, anchor):
         ({"anchor": "b"}, lambda d, _: d, "b"),
         ({"anchor": "c", "start": 0.5}, lambda d, _: max(0.0, d - 0.5) / 0.5, "c"),
         ({"ramp": "cosine"}, lambda d, _: (1 - math.cos(math.pi * d)) / 2, "a"),
-        ({"heads": ["0.1.", "0.0.bias"]}, lambda d, name: 1.0 if name[:4] == "0.1." or name == "0.0.bias" else d, "a"),
+        (
+            {"anchor_parameters": ["0.1.", "0.0.bias"]},
+            lambda d, name: 1.0 if name[:4] == "0.1." or name == "0.0.bias" else d,
+            "a",
+        ),
     ],
 )
 def test_the_schedule(base, options, lean, anchor):
@@ -68,7 +72,7 @@ def test_the_head_is_the_anchors_own(base):
         ({"anchor": "aa"}, "anchor: expected one of .* got 'aa' .did you mean 'a'"),
         ({"ramp": "square"}, "ramp: expected one of"),
         ({"start": 1.0}, "start: expected a depth in"),
-        ({"heads": ["decode_head"]}, "heads: no parameter's name holds 'decode_head'"),
+        ({"anchor_parameters": ["decode_head"]}, "anchor_parameters: no parameter's name holds 'decode_head'"),
     ],
 )
 def test_bad_settings(base, options, message):

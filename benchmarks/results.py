@@ -2,7 +2,7 @@
 
     python benchmarks/results.py [--suite vision8] [--seeds 3]
 
-Writes benchmarks/results/SUITE.json (everything that was measured) and the tables between the markers in docs/results.md.
+Writes benchmarks/results/SUITE.json (all that was measured) and the tables between the markers in docs/results.md.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def environment() -> dict:
 def write_tables(comparison: Comparison, facts: dict) -> None:
     """Put the table between the markers of its suite in docs/results.md."""
     caption = (
-        f"Test accuracy in percent, {comparison.samples} unlabelled calibration samples a task, {comparison.seeds} seeds, ± half "
-        f"the range; seconds are medians on {facts['threads']} thread(s). Measured {facts['date']} at commit {facts['commit']}, "
-        f"torch {facts['torch']}."
+        f"Test accuracy in percent, {comparison.samples} unlabelled calibration samples a task, {comparison.seeds} "
+        f"seeds, ± half the range; seconds are medians on {facts['threads']} thread(s). Measured {facts['date']} at "
+        f"commit {facts['commit']}, torch {facts['torch']}."
     )
     notes = "".join(f"\n\n{note}" for note in comparison.notes)
     block = f"\n{caption}{notes}\n\n{format_table(comparison)}\n"

@@ -1,9 +1,9 @@
-"""Rebuild the task suites' experts from scratch: fetch the data, fine-tune, quantise, evaluate, note where it comes from.
+"""Rebuild the task suites' experts from scratch: fetch the data, fine-tune, quantise, evaluate, note the sources.
 
     python scripts/build_assets.py [--suite vision8] [--task mnist] [--threads 2] [--measure-only]
 
-Each expert takes one to three minutes on one core. Which hyperparameters the methods use on a suite is chosen afterwards, by
-scripts/choose_hyperparameters.py.
+Each expert takes one to three minutes on one core. Which hyperparameters the methods use on a suite is chosen
+afterwards, by scripts/choose_hyperparameters.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python scripts/choose_hyperparameters.py [--suite vision8] [--entry lot]
 
-Every setting of a small grid is merged with the calibration samples of seed 0 and judged by the average accuracy on validation
-examples; the test split is never read. The JSON keeps all scores, so that a choice can be checked.
+Every setting of a small grid is merged with the calibration samples of seed 0 and judged by the average accuracy on
+validation examples; the test split is never read. The JSON keeps all scores, so that a choice can be checked.
 """
 
 from __future__ import annotations

@@ -45,6 +45,15 @@ def as_unlabelled_batches(name: str, loader: Iterable[Tensor | Mapping[str, Tens
     return batches
 
 
+def as_named(batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """All tensors of the batches under names of their own, as floating point: what a fingerprint is taken of."""
+    return {
+        f"{place}/{key}": tensor.double()
+        for place, batch in enumerate(batches)
+        for key, tensor in (batch.items() if isinstance(batch, Mapping) else [("", batch)])
+    }
+
+
 def read_samples(
     path: str | os.PathLike,
     *,

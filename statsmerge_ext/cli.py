@@ -6,12 +6,15 @@ import argparse
 import inspect
 import sys
 import traceback
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from statsmerge_ext import __version__
 from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, quantize_expert, quantize_experts
+from statsmerge_ext.distillation.run import run_distillation
+from statsmerge_ext.distillation.student import StudentTraining
 from statsmerge_ext.errors import CheckpointError, StatsMergeError
 from statsmerge_ext.methods import get_method, list_methods
 from statsmerge_ext.ops.quantized import BITS
@@ -79,10 +82,30 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--residual",
         action="store_true",
-        help="store what the experts share in a file of its own, and of each only what is left, in OUT/NAME.safetensors",
+        help="store what the experts share in a file of its own, and of each what is left, in OUT/NAME.safetensors",
     )
     quantize.add_argument("--shared-bits", type=int, choices=BITS, default=3, help="of that file (default: 3)")
     quantize.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+
+    distilling = add("distill", _distill, "Distil a teacher of another architecture into a student that can be merged.")
+    distilling.add_argument("--teacher", required=True, metavar="PATH", type=Path, help="a classifier's directory")
+    distilling.add_argument(
+        "--student", required=True, metavar="PATH", type=Path, help="one of the common architecture"
+    )
+    distilling.add_argument("--data", required=True, metavar="FILE", type=Path, help="unlabelled samples")
+    distilling.add_argument("--out", required=True, metavar="OUT", type=Path, help="directory to make")
+    for field in fields(StudentTraining):
+        if field.type == "bool":
+            distilling.add_argument(f"--{field.name.replace('_', '-')}", action="store_true")
+        else:
+            kind = int if field.type == "int" else float
+            text = f"default: {field.default}"
+            distilling.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
+    distilling.add_argument("--samples", type=int, metavar="N", help="samples to draw (default: 64)")
+    distilling.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
+    distilling.add_argument("--random-seed", type=int, default=0, metavar="N", help="default: 0")
+    distilling.add_argument("--overwrite", action="store_true", help="replace an existing model at OUT")
+    distilling.add_argument("--resume", action="store_true", help="take up an interrupted run where it was")
 
     evaluation = add("evaluate", _evaluate, "Print a model's accuracy on every task of a suite.")
     evaluation.add_argument("suite", metavar="SUITE", help="name of a task suite, such as vision8")
@@ -152,6 +175,24 @@ def _quantize(options: argparse.Namespace) -> None:
         )
     if not options.quiet:
         print(f"wrote {options.out}")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    report = run_distillation(
+        options.teacher,
+        options.student,
+        options.data,
+        options.out,
+        training=StudentTraining(**{field.name: getattr(options, field.name) for field in fields(StudentTraining)}),
+        samples=options.samples,
+        batch_size=options.batch_size,
+        seed=options.random_seed,
+        overwrite=options.overwrite,
+        resume=options.resume,
+        progress=not options.quiet,
+    )
+    if not options.quiet:
+        print(f"wrote {options.out}: agrees with its teacher on {report['last']['agreement']:.1%} of the samples")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def make_experts(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def least_squares(features: list[Tensor], task_vectors: list[Tensor]) -> Tensor:
-    """The least-norm T of min Σ_k ‖X_k Tᵀ − X_k T_kᵀ‖², from features X_k [tokens, in] and T_k [out, in], in float64."""
+    """The least-norm T of min Σ_k ‖X_k Tᵀ − X_k T_kᵀ‖², from X_k [tokens, in] and T_k [out, in], in float64."""
     x = torch.cat([f.double() for f in features])
     y = torch.cat([f.double() @ t.double().T for f, t in zip(features, task_vectors, strict=True)])
     return (torch.linalg.pinv(x, rtol=1e-7) @ y).T

@@ -96,10 +96,11 @@ def quantize_experts(
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
-    """Write the task vectors of several experts in the residual form (RTVQ): ``out``/NAME.safetensors and a shared file.
+    """Write the task vectors of several experts in the residual form (RTVQ): a shared file and one for each expert.
 
-    The shared file holds the mean task vector in ``shared_bits`` bits, each expert's file what is left of its own once
-    the quantised mean is taken off, in ``bits`` bits: bits + shared_bits / K a parameter and expert in all.
+    ``out``/shared.safetensors holds the mean task vector in ``shared_bits`` bits, ``out``/NAME.safetensors
+    what is left of an expert's own once the quantised mean is taken off, in ``bits`` bits: bits + shared_bits / K a
+    parameter and expert in all.
 
     Args:
         base, experts: checkpoints or state dicts.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from statsmerge_ext.calibration import as_unlabelled_batches
+from statsmerge_ext.calibration import as_named, as_unlabelled_batches
 from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, open_expert
 from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.engine.buffers import merge_buffers
@@ -70,7 +70,7 @@ def merge(
         calibration: name -> batches of that expert's task: tensors, or mappings of tensors. Labels are refused.
         heads: name -> function from the model's output to logits, for methods that compare predictions and models
             whose output is not logits already.
-        forward: ``forward(model, batch)``; by default the model is called with the tensor, or with the mapping's entries.
+        forward: ``forward(model, batch)``; by default the model is called with the tensor or the mapping's entries.
         evidence: Gram evidence (or its file) collected before from the same models; ``calibration`` is then not needed
             for the methods that use Gram matrices alone.
         buffers: "average" the experts' floating-point buffers (BatchNorm statistics), or "reestimate" them by running
@@ -166,18 +166,12 @@ def _plain(value: object) -> object:
 
 def _identity(problem: MergeProblem, method: str, hyperparameters: Mapping) -> dict:
     """What decides the result of a merge."""
-    batches = {
-        f"{name}/{place}/{key}": tensor.double()
-        for name, of_expert in problem.batches.items()
-        for place, batch in enumerate(of_expert)
-        for key, tensor in (batch.items() if isinstance(batch, Mapping) else [("", batch)])
-    }
     return {
         "method": method,
         "hyperparameters": {name: str(value) for name, value in hyperparameters.items()},
         "seed": problem.seed,
         "models": [fingerprint(problem.base), *(fingerprint(state) for state in problem.experts.values())],
-        "batches": fingerprint(batches),
+        "batches": {name: fingerprint(as_named(of_expert)) for name, of_expert in problem.batches.items()},
     }
 
 

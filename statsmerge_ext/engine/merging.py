@@ -20,7 +20,7 @@ from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from statsmerge_ext.evidence import GramEvidence, collect_grams
 from statsmerge_ext.layers import Layer, find_layers, layers_of_state
-from statsmerge_ext.methods import get_method
+from statsmerge_ext.methods import Method, get_method
 
 #: A model as callers may give it: a module, a state dict, or the path of a checkpoint.
 Model = nn.Module | Mapping[str, Tensor] | str | Path
@@ -46,7 +46,7 @@ class MergeResult:
 
 
 def merge(
-    method: str,
+    method: str | Method,
     *,
     base: Model,
     experts: Mapping[str, Model],
@@ -63,7 +63,7 @@ def merge(
     """Merge ``experts`` that were fine-tuned from ``base`` into one model of the same size.
 
     Args:
-        method: name of a method, see :func:`statsmerge_ext.methods.list_methods`.
+        method: name of a method, see :func:`statsmerge_ext.methods.list_methods`; or one that is not registered.
         base: the pretrained model: a module, a state dict, or a checkpoint's path. Methods that look at data need the
             module. It is not changed.
         experts: name -> fine-tuned model, in any of the same forms, or the path of a quantised task vector.
@@ -87,7 +87,7 @@ def merge(
         CalibrationError: missing, empty, exhausted or labelled calibration data; evidence from other models.
     """
     start = time.perf_counter()
-    chosen = get_method(method)
+    chosen = get_method(method) if isinstance(method, str) else method
     chosen.check(hyperparameters)
     if buffers not in ("average", "reestimate"):
         raise MethodError(f"buffers: expected 'average' or 'reestimate', got {buffers!r}")
@@ -104,7 +104,9 @@ def merge(
     batches: dict[str, list] = {}
     if collect or "batches" in chosen.needs or buffers == "reestimate":
         if module is None:
-            raise MethodError(f"base: method {method!r} runs the model, so it needs a module, not only its weights")
+            raise MethodError(
+                f"base: method {chosen.name!r} runs the model, so it needs a module, not only its weights"
+            )
         batches = _batches(calibration, list(states))
     problem = MergeProblem(
         layers=layers,
@@ -129,7 +131,7 @@ def merge(
     collected = time.perf_counter()
 
     if journal is not None and "batches" in chosen.needs:
-        problem.journal = Journal(journal, _identity(problem, method, hyperparameters))
+        problem.journal = Journal(journal, _identity(problem, chosen.name, hyperparameters))
     solution = chosen(problem, **hyperparameters)
     if problem.journal:
         problem.journal.remove()
@@ -140,7 +142,7 @@ def merge(
         model.load_state_dict(state)
     coefficients = _coefficient_table(problem, solution)
     report = {
-        "method": method,
+        "method": chosen.name,
         "hyperparameters": {k: _plain(v) for k, v in {**chosen.hyperparameters, **hyperparameters}.items()},
         "experts": list(states),
         "buffers": buffers,

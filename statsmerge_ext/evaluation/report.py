@@ -45,7 +45,11 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def format_table(comparison: Comparison) -> str:
     """The table in Markdown, aligned so that a terminal shows it well too."""
-    header, rows = table(comparison)
+    return markdown_table(*table(comparison))
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table of text in Markdown, its columns aligned."""
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
 
     def line(cells: list[str]) -> str:

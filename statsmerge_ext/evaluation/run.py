@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -9,7 +12,9 @@ from tqdm import tqdm
 from statsmerge_ext.evaluation.suites import Suite
 
 
-def evaluate_model(model: nn.Module, suite: Suite, split: str = "test", progress: bool = False) -> dict[str, float]:
+def evaluate_model(
+    model: nn.Module, suite: Suite, split: str = "test", progress: bool = False, **options
+) -> dict[str, float]:
     """Accuracy of ``model`` with each task's own head, for every task of ``suite``.
 
     Args:
@@ -17,19 +22,33 @@ def evaluate_model(model: nn.Module, suite: Suite, split: str = "test", progress
         suite: a prepared suite.
         split: "validation" or "test".
         progress: show a progress bar over the tasks.
+        options: of :func:`evaluate_task`.
     """
     names = tqdm(suite.task_names, desc=f"Evaluating {suite.name}", unit="task", disable=not progress, leave=False)
-    return {name: evaluate_task(model, suite, name, split) for name in names}
+    return {name: evaluate_task(model, suite, name, split, **options) for name in names}
 
 
-def evaluate_task(model: nn.Module, suite: Suite, name: str, split: str = "test") -> float:
-    """Accuracy of ``model`` on one task of ``suite``, in [0, 1]."""
+def evaluate_task(
+    model: nn.Module,
+    suite: Suite,
+    name: str,
+    split: str = "test",
+    *,
+    change: Callable[[np.ndarray], np.ndarray] = lambda inputs: inputs,
+    limit: int | None = None,
+) -> float:
+    """Accuracy of ``model`` on one task of ``suite``, in [0, 1].
+
+    ``change`` is made to raw inputs, such as images, before they are encoded; no batch begins after ``limit`` examples.
+    """
     task = suite.task(name)
     right = total = 0
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for batch, labels in task.batches(split):
+        for batch, labels in task.batches(split, change=change):
+            if limit is not None and total >= limit:
+                break
             predicted = task.head(suite.forward(model, batch)).argmax(-1)
             right += int((predicted == labels).sum())
             total += len(labels)

@@ -49,6 +49,21 @@ class Method:
     needs: frozenset[str]
     hyperparameters: Mapping[str, object]
 
+    @classmethod
+    def of(cls, name: str, function: Callable[..., Solution], needs: Iterable[str] = ()) -> Method:
+        """The method that ``function`` is.
+
+        Raises MethodError if ``needs`` holds something unknown, or a hyperparameter has the name of an argument of
+        :func:`statsmerge_ext.merge`.
+        """
+        needs = frozenset(needs)
+        if not needs <= NEEDS:
+            raise MethodError(f"needs: expected some of {sorted(NEEDS)}, got {sorted(needs)}")
+        _, *arguments = inspect.signature(function).parameters.values()
+        if taken := sorted(RESERVED.intersection(argument.name for argument in arguments)):
+            raise MethodError(f"method {name!r}: its hyperparameter {taken[0]!r} is an argument of merge; rename it")
+        return cls(name, function, needs, {argument.name: argument.default for argument in arguments})
+
     def check(self, hyperparameters: Iterable[str]) -> None:
         """Raise MethodError for a hyperparameter that the method does not take."""
         for name in hyperparameters:
@@ -66,20 +81,13 @@ class Method:
 def register_method(name: str, *, needs: Iterable[str] = ()) -> Callable:
     """Decorator that makes a function available as the method ``name``.
 
-    Raises MethodError if the name is taken, ``needs`` holds something unknown, or a hyperparameter has the name of an
-    argument of :func:`statsmerge_ext.merge`.
+    Raises MethodError if the name is taken, and as :meth:`Method.of`.
     """
-    needs = frozenset(needs)
-    if not needs <= NEEDS:
-        raise MethodError(f"needs: expected some of {sorted(NEEDS)}, got {sorted(needs)}")
 
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
         if name in _methods and _methods[name].function is not function:
             raise MethodError(f"a method named {name!r} is already registered")
-        _, *arguments = inspect.signature(function).parameters.values()
-        if taken := sorted(RESERVED.intersection(argument.name for argument in arguments)):
-            raise MethodError(f"method {name!r}: its hyperparameter {taken[0]!r} is an argument of merge; rename it")
-        _methods[name] = Method(name, function, needs, {a.name: a.default for a in arguments})
+        _methods[name] = Method.of(name, function, needs)
         return function
 
     return register

@@ -208,7 +208,7 @@ def test_third_parties_register_methods(base, monkeypatch):
     with pytest.raises(MethodError, match="already registered"):
         register_method("first_expert")(lambda problem: None)
     with pytest.raises(MethodError, match="needs: expected some of"):
-        register_method("other", needs=("labels",))
+        register_method("other", needs=("labels",))(lambda problem: None)
     with pytest.raises(MethodError, match="its hyperparameter 'seed' is an argument of merge"):
         register_method("other")(lambda problem, *, seed=0: None)
     arguments = inspect.signature(merge).parameters.values()

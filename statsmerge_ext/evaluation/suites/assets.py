@@ -1,9 +1,9 @@
 """Experts as they are shipped: task vectors, uniformly quantised and compressed.
 
-Training the experts would take longer than everything that is shown with them, so they come with the package. A matrix
-or kernel is stored as whole multiples of a step proportional to its task vector's standard deviation: most are small,
-so that coding them by their frequencies brings them to 2.6 bits (step 0.7) or 3.1 (step 0.5) an element. Vectors (norms,
-biases) are stored as float16.
+Training the experts would take longer than everything that is shown with them, so they come with the package. A
+matrix or kernel is stored as whole multiples of a step proportional to its task vector's standard deviation: most are
+small, so that coding them by their frequencies brings them to 2.6 bits (step 0.7) or 3.1 (step 0.5) an element.
+Vectors (norms, biases) are stored as float16.
 
 The file is an .npz: ``codes/KEY`` is a raw deflate stream of one signed byte an element, ``step/KEY`` its step,
 ``plain/KEY`` a vector; ``entries`` lists the others, so that a lost one is noticed.

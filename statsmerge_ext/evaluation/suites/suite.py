@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,13 @@ from statsmerge_ext.methods.registry import nearest
 
 DATA_SEED = 0
 _definitions: dict[str, SuiteDefinition] = {}
+
+#: What is done to raw inputs before they are encoded.
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+def _as_it_is(inputs: np.ndarray) -> np.ndarray:
+    return inputs
 
 
 def register_suite(definition: SuiteDefinition) -> None:
@@ -74,25 +81,33 @@ class Task:
         self._definition = definition
         self.head = self._prototypes(base)
 
-    def batches(self, split: str, batch_size: int = 128) -> Iterator[tuple[Batch, Tensor]]:
-        """Pairs (batch, labels [N]) of "train", "validation" or "test", in order."""
+    def batches(self, split: str, batch_size: int = 128, change: Change = _as_it_is) -> Iterator[tuple[Batch, Tensor]]:
+        """Pairs (batch, labels [N]) of "train", "validation" or "test", in order; ``change`` is made to raw inputs."""
         examples = getattr(self._data, split)
         for start in range(0, len(examples), batch_size):
             rows = slice(start, start + batch_size)
-            yield self._definition.encode(examples.inputs[rows]), torch.from_numpy(examples.labels[rows])
+            yield self._definition.encode(change(examples.inputs[rows])), torch.from_numpy(examples.labels[rows])
 
-    def calibration(self, samples: int = 64, seed: int = 0, batch_size: int = 32) -> list[Batch]:
-        """Batches of training inputs drawn at random, without their labels.
+    def calibration(
+        self, samples: int = 64, seed: int = 0, batch_size: int = 32, change: Change = _as_it_is
+    ) -> list[Batch]:
+        """Batches of training inputs drawn at random, without their labels; ``change`` is made to raw inputs.
 
         Raises DataError when there are not that many.
         """
         inputs = self._data.train.inputs
-        if not 0 < samples <= len(inputs):
-            raise DataError(f"task {self.name}: samples: expected 1 to {len(inputs)}, got {samples}")
-        rows = np.random.default_rng(seed).choice(len(inputs), samples, replace=False)
-        return [
-            self._definition.encode(inputs[part]) for part in np.split(rows, range(batch_size, samples, batch_size))
-        ]
+        return [self._definition.encode(change(inputs[rows])) for rows in self._drawn(samples, seed, batch_size)]
+
+    def calibration_labels(self, samples: int = 64, seed: int = 0, batch_size: int = 32) -> list[Tensor]:
+        """The labels of :meth:`calibration`'s batches: for measuring what not reading them costs, and nothing else."""
+        return [torch.from_numpy(self._data.train.labels[rows]) for rows in self._drawn(samples, seed, batch_size)]
+
+    def _drawn(self, samples: int, seed: int, batch_size: int) -> list[np.ndarray]:
+        count = len(self._data.train.inputs)
+        if not 0 < samples <= count:
+            raise DataError(f"task {self.name}: samples: expected 1 to {count}, got {samples}")
+        rows = np.random.default_rng(seed).choice(count, samples, replace=False)
+        return np.split(rows, range(batch_size, samples, batch_size))
 
     def _prototypes(self, base: nn.Module) -> PrototypeHead:
         """Class means of the first ``shots`` training examples of each class; the split goes round the classes."""

@@ -28,6 +28,33 @@ STATSMERGE_INLINE void store(T* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Past the caches, where the target has such a store; `to` must be aligned to the vector's size. Other threads see it
+// for certain after finish_streamed().
+template <class T, class V>
+STATSMERGE_INLINE void store_streamed(T* to, V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof v == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), std::bit_cast<__m128i>(v));
+#if STATSMERGE_VECTOR_BYTES >= 32
+  } else if constexpr (sizeof v == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), std::bit_cast<__m256i>(v));
+#endif
+#if STATSMERGE_VECTOR_BYTES >= 64
+  } else if constexpr (sizeof v == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), std::bit_cast<__m512i>(v));
+#endif
+  }
+#else
+  store(to, v);
+#endif
+}
+
+STATSMERGE_INLINE void finish_streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 STATSMERGE_INLINE Vector<T> broadcast(T x) {
   return x - Vector<T>{};

@@ -4,7 +4,7 @@
 //   values<Acc, N>(block, at): N of them from number block + at on, at < 16, where 16 elements from `block` on (8 where
 //                              that is told by Block) lie within `left`;
 //   value<Acc>(i):             number i.
-// `advance` moves the source on by at most `left` elements.
+// `advance` moves the source on by at most `left` elements, to one that is there.
 namespace {
 
 template <class T>
@@ -58,25 +58,28 @@ struct CodeWords {
 template <int Bits>
 struct Codes {
   const unsigned char* data;
-  const float* scale;
-  const int32_t* zero_point;
+  const float* scales;         // from the present group on
+  const int32_t* zero_points;  // likewise
   int64_t group_size, left;
+  float scale, zero_point;
 
   Codes() = default;
   Codes(const TaskVector& t, int64_t first)
       : data(reinterpret_cast<const unsigned char*>(t.data) + first / 8 * Bits),
-        scale(t.scale + first / t.group_size),
-        zero_point(t.zero_point + first / t.group_size),
+        scales(t.scale + first / t.group_size),
+        zero_points(t.zero_point + first / t.group_size),
         group_size(t.group_size),
-        left(t.group_size - first % t.group_size) {}
+        left(t.group_size - first % t.group_size),
+        scale(*scales),
+        zero_point(static_cast<float>(*zero_points)) {}
 
-  float unit() const { return *scale; }
+  float unit() const { return scale; }
 
   template <class Acc, int N, int Block>
   STATSMERGE_INLINE Vector<Acc, N> values(int64_t block, int at) const {
-    Vector<int32_t, N> codes;
+    Vector<uint32_t, N> codes;
     if constexpr (Bits == 8) {
-      codes = __builtin_convertvector((load<unsigned char, N>(data + block + at)), Vector<int32_t, N>);
+      codes = load_extended<N>(data + block + at);
     } else {
       const unsigned char* from = data + block / 8 * Bits;
       uint32_t first = 0, second = 0;
@@ -89,11 +92,11 @@ struct Codes {
       } else {
         words = (at < 8 ? first : second) - Vector<uint32_t, N>{};
       }
-      const auto shifted = words >> load<uint32_t, N>(CodeWords<Bits>::kShifts + at);
-      codes = std::bit_cast<Vector<int32_t, N>>(shifted & ((1u << Bits) - 1));
+      codes = (words >> load<uint32_t, N>(CodeWords<Bits>::kShifts + at)) & ((1u << Bits) - 1);
     }
-    const auto shifted = __builtin_convertvector(codes, Vector<float, N>) - static_cast<float>(*zero_point);
-    return __builtin_convertvector(shifted, Vector<Acc, N>);
+    // A small integer in the last bits of 2^23 adds itself to it; one subtraction takes 2^23 and the zero point off.
+    const auto raised = std::bit_cast<Vector<float, N>>(codes | std::bit_cast<uint32_t>(0x1p23f));
+    return from_float<Acc, N>(raised - (0x1p23f + zero_point));
   }
 
   template <class Acc>
@@ -101,17 +104,16 @@ struct Codes {
     uint64_t word = 0;
     std::memcpy(&word, data + i / 8 * Bits, Bits);
     const auto code = static_cast<float>((word >> (i % 8 * Bits)) & ((1u << Bits) - 1));
-    return static_cast<Acc>(code - static_cast<float>(*zero_point));
+    return static_cast<Acc>(code - zero_point);
   }
 
   void advance(int64_t count) {
     data += count / 8 * Bits;
     left -= count;
-    if (left == 0) {
-      ++scale;
-      ++zero_point;
-      left = group_size;
-    }
+    if (left > 0) return;
+    left = group_size;
+    scale = *++scales;
+    zero_point = static_cast<float>(*++zero_points);
   }
 };
 
@@ -156,13 +158,14 @@ struct AddTasks {
       x[j] = Source(chunk.task_vectors[(k + j) * chunk.stride], chunk.first);
       coefficients[j] = static_cast<Acc>(chunk.coefficients[k + j]);
     }
-    for (int64_t start = 0; start < chunk.count;) {
+    for (int64_t start = 0;;) {
       const int64_t n = run_length(x, chunk.count - start);
       Acc factors[N];
       for (int j = 0; j < N; ++j) factors[j] = coefficients[j] * x[j].unit();
       add_run(x, factors, in + start, out + start, n);
-      for (int j = 0; j < N; ++j) x[j].advance(n);
       start += n;
+      if (start == chunk.count) break;
+      for (int j = 0; j < N; ++j) x[j].advance(n);
     }
   }
 
@@ -206,7 +209,7 @@ struct ProductsOfTasks {
     Vector<double> totals[N] = {};
     double rest[N] = {};
     for (int j = 0; j < N; ++j) x[j] = Source(chunk.task_vectors[(k + j) * chunk.stride], chunk.first);
-    for (int64_t start = 0; start < chunk.count;) {
+    for (int64_t start = 0;;) {
       const int64_t n = run_length(x, chunk.count - start);
       const G* g = gradient + start;
       Vector<double> sums[N] = {};
@@ -216,11 +219,10 @@ struct ProductsOfTasks {
       for (; i < n; ++i) {
         for (int j = 0; j < N; ++j) rest[j] += g[i] * (x[j].unit() * x[j].template value<double>(i));
       }
-      for (int j = 0; j < N; ++j) {
-        totals[j] += x[j].unit() * sums[j];
-        x[j].advance(n);
-      }
+      for (int j = 0; j < N; ++j) totals[j] += x[j].unit() * sums[j];
       start += n;
+      if (start == chunk.count) break;
+      for (int j = 0; j < N; ++j) x[j].advance(n);
     }
     for (int j = 0; j < N; ++j) products[j] = sum<double>(totals[j]) + rest[j];
   }

@@ -83,8 +83,12 @@ struct Codes {
     } else {
       const unsigned char* from = data + block / 8 * Bits;
       uint32_t first = 0, second = 0;
-      std::memcpy(&first, from, Block == 8 ? Bits : 4);
-      if constexpr (Block == 16) std::memcpy(&second, from + CodeWords<Bits>::kSecondByte, 4);
+      if constexpr (Block == 16) {
+        std::memcpy(&first, from, 4);
+        std::memcpy(&second, from + CodeWords<Bits>::kSecondByte, 4);
+      } else {
+        for (int byte = 0; byte < Bits; ++byte) first |= static_cast<uint32_t>(from[byte]) << (8 * byte);
+      }
       Vector<uint32_t, N> words;
       if constexpr (N == 16) {
         words = Vector<uint32_t, N>{first,  first,  first,  first,  first,  first,  first,  first,

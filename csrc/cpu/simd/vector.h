@@ -69,7 +69,8 @@ STATSMERGE_INLINE void store_part(T* to, Vector<T> v, int64_t count) {
   std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Conversions that the compiler's own form would take apart on x86: to twice the width or more in one instruction.
+// Conversions that the compiler's own form would take apart on x86: to twice the width or more in one instruction. (Of
+// the intrinsics the masked forms are used, as the others make GCC warn of their own undefined operands.)
 
 // N unsigned integers of 8 or 16 bits as N of 32 bits.
 template <int N, class T>
@@ -79,13 +80,13 @@ STATSMERGE_INLINE Vector<uint32_t, N> load_extended(const T* from) {
     __m128i low{};
     std::memcpy(&low, from, N * sizeof(T) < 16 ? N * sizeof(T) : 16);
     if constexpr (sizeof(T) == 1 && N == 16 && kVectorBytes == 64) {
-      return std::bit_cast<Vector<uint32_t, N>>(_mm512_cvtepu8_epi32(low));
+      return std::bit_cast<Vector<uint32_t, N>>(_mm512_maskz_cvtepu8_epi32(0xffff, low));
     } else if constexpr (sizeof(T) == 1 && N == 8) {
       return std::bit_cast<Vector<uint32_t, N>>(_mm256_cvtepu8_epi32(low));
     } else if constexpr (sizeof(T) == 1 && N == 4) {
       return std::bit_cast<Vector<uint32_t, N>>(_mm_cvtepu8_epi32(low));
     } else if constexpr (sizeof(T) == 2 && N == 16 && kVectorBytes == 64) {
-      return std::bit_cast<Vector<uint32_t, N>>(_mm512_cvtepu16_epi32(std::bit_cast<__m256i>(load<T, N>(from))));
+      return std::bit_cast<Vector<uint32_t, N>>(_mm512_maskz_cvtepu16_epi32(0xffff, std::bit_cast<__m256i>(load<T, N>(from))));
     } else if constexpr (sizeof(T) == 2 && N == 8) {
       return std::bit_cast<Vector<uint32_t, N>>(_mm256_cvtepu16_epi32(low));
     } else if constexpr (sizeof(T) == 2 && N == 4) {
@@ -101,7 +102,7 @@ template <class Acc, int N>
 STATSMERGE_INLINE Vector<Acc, N> from_float(Vector<float, N> v) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<Acc, double> && N == 8 && kVectorBytes == 64) {
-    return std::bit_cast<Vector<Acc, N>>(_mm512_cvtps_pd(std::bit_cast<__m256>(v)));
+    return std::bit_cast<Vector<Acc, N>>(_mm512_maskz_cvtps_pd(0xff, std::bit_cast<__m256>(v)));
   } else if constexpr (std::is_same_v<Acc, double> && N == 4 && kVectorBytes >= 32) {
     return std::bit_cast<Vector<Acc, N>>(_mm256_cvtps_pd(std::bit_cast<__m128>(v)));
   }

@@ -23,7 +23,7 @@ TensorList weighted_merge(TensorList base, TensorList task_vectors, TensorList s
     const auto address = reinterpret_cast<uintptr_t>(layers.back().out);
     results.push_back({address, address + b.numel() * bytes_of(layers.back().storage)});
   }
-  if (!std::getenv("NO_HUGE")) advise_huge_pages(std::move(results));
+  advise_huge_pages(std::move(results));
   merge(layers, taus.views, reinterpret_cast<const double*>(bytes(lambda)));
   return out;
 }

@@ -1,29 +1,11 @@
 // What the CPU and CUDA sides of weighted_merge both make of the operator's arguments.
 #pragma once
 
-#include <algorithm>
-
+#include "common/chunks.h"
 #include "common/quantized.h"
 #include "common/tensors.h"
 
 namespace statsmerge {
-
-// One model's tensors cut into chunks: chunks start[l] .. start[l + 1] belong to tensor l.
-struct Chunks {
-  Chunks(const TensorList& tensors, int64_t chunk_size) : start(1, 0) {
-    for (const Tensor& t : tensors) {
-      numel.push_back(t.numel());
-      start.push_back(start.back() + (t.numel() + chunk_size - 1) / chunk_size);
-    }
-  }
-  int64_t count() const { return start.back(); }
-  int64_t layer_of(int64_t chunk) const {
-    return std::upper_bound(start.begin(), start.end(), chunk) - start.begin() - 1;
-  }
-
-  std::vector<int64_t> numel;
-  std::vector<int64_t> start;
-};
 
 // The task vectors of one call, with the contiguous tensors that keep their memory alive.
 struct TaskVectors {

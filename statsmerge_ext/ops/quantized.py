@@ -33,6 +33,8 @@ class QuantizedTensor:
         if self.bits not in BITS:
             fail("bits", f"one of {BITS}", self.bits)
         numel = self.shape.numel()
+        if self.group_size < 1 or (self.group_size % 8 and self.group_size < numel):
+            fail("group_size", f"a multiple of 8, or all {numel} elements", self.group_size)
         groups = -(-numel // self.group_size)
         expected = {
             "codes": (self.codes, torch.uint8, [-(-numel // 8) * self.bits]),

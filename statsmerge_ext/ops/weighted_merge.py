@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import as_list, as_tensor, check_device, check_dtype, check_shape, fail, native, register, same_kind
+from .common import (
+    FLOAT_DTYPES,
+    as_list,
+    as_tensor,
+    check_device,
+    check_dtype,
+    check_shape,
+    fail,
+    native,
+    register,
+    same_kind,
+)
 from .quantized import QuantizedTensor
 
 
@@ -31,12 +42,11 @@ def weighted_merge(base: Any, task_vectors: Sequence[Any], coefficients: Any) ->
         TypeError, ValueError: arguments that don't fit each other.
     """
     tensors = as_list(base, "base")
+    for l, tensor in enumerate(tensors):
+        _check_tensor(tensor, tensors[0].device, "base", l)
     flat = _flatten(task_vectors, tensors)
     tasks, layers = len(task_vectors), len(tensors)
     lambdas = _coefficients(coefficients, layers, tasks)
-    for l, tensor in enumerate(tensors):
-        check_dtype(tensor, f"base[{l}]")
-        check_device(tensor, f"base[{l}]", tensors[0].device)
     if not tensors:
         return []
     lambdas = lambdas.to(tensors[0].device).expand(layers, tasks)
@@ -64,28 +74,42 @@ class _Flat(NamedTuple):
 def _flatten(task_vectors: Any, base: list[Tensor]) -> _Flat:
     if not isinstance(task_vectors, Sequence):
         fail("task_vectors", "a sequence of K sequences of tensors", type(task_vectors).__name__, TypeError)
-    flat = _Flat([], [], [], [], [])
     for k, task in enumerate(task_vectors):
         if len(task) != len(base):
             fail(f"task_vectors[{k}]", f"{len(base)} tensors, one for every one of base", len(task))
-        for l, value in enumerate(task):
-            name = f"task_vectors[{k}][{l}]"
+    if not base:
+        return _Flat([], [], [], [], [])
+    device, shapes, nothing = base[0].device, [tensor.shape for tensor in base], base[0].new_empty(0)
+    flat = _Flat([], [], [], [], [])
+    for k, task in enumerate(task_vectors):
+        for l, (value, shape) in enumerate(zip(task, shapes)):
             if isinstance(value, QuantizedTensor):
-                tensor, scale, zero_point = value.codes, value.scale, value.zero_point
-                bits, group_size, shape = value.bits, value.group_size, value.shape
-                check_device(scale, f"{name}.scale", base[l].device)
-                check_device(zero_point, f"{name}.zero_point", base[l].device)
+                columns = (value.codes, value.scale, value.zero_point, value.bits, value.group_size)
+                for part in columns[:3]:
+                    if part.device != device:
+                        check_device(part, _name("task_vectors", k, l), device)
             else:
-                tensor = as_tensor(value, name)
-                check_dtype(tensor, name)
-                scale = zero_point = tensor.new_empty(0)
-                bits, group_size, shape = 0, 0, tensor.shape
-            check_device(tensor, name, base[l].device)
-            if shape != base[l].shape:
-                fail(name, f"shape {list(base[l].shape)} as of base[{l}]", list(shape))
-            for column, item in zip(flat, (tensor, scale, zero_point, bits, group_size)):
+                if not isinstance(value, Tensor):
+                    value = as_tensor(value, _name("task_vectors", k, l))
+                _check_tensor(value, device, "task_vectors", k, l)
+                columns = (value, nothing, nothing, 0, 0)
+            if value.shape != shape:
+                fail(_name("task_vectors", k, l), f"shape {list(shape)} as of base[{l}]", list(value.shape))
+            for column, item in zip(flat, columns):
                 column.append(item)
     return flat if any(flat.bits) else _Flat(flat.tensors, [], [], [], [])
+
+
+def _name(argument: str, *indices: int) -> str:
+    return argument + "".join(f"[{i}]" for i in indices)
+
+
+def _check_tensor(tensor: Tensor, device: torch.device, argument: str, *indices: int) -> None:
+    """Every call has thousands of these: the name is put together only for the message of an error."""
+    if tensor.dtype not in FLOAT_DTYPES or tensor.device != device:
+        name = _name(argument, *indices)
+        check_dtype(tensor, name)
+        check_device(tensor, name, device)
 
 
 def _coefficients(coefficients: Any, layers: int, tasks: int) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from statsmerge_ext import _C
 from statsmerge_ext.ops import QuantizedTensor, weighted_merge
 from statsmerge_ext.ops.weighted_merge import weighted_merge_reference
 
@@ -138,22 +139,54 @@ def test_does_not_depend_on_threads(with_threads):
     assert all(torch.equal(a, b) for a, b in zip(with_threads(1, run), with_threads(2, run)))
 
 
-@settings(max_examples=50, deadline=None)
+@st.composite
+def kinds_of_task_vectors(draw: st.DrawFn) -> list[tuple[torch.dtype, int, int | None]]:
+    """(dtype, bits or 0, group size) for each of up to 9 tasks."""
+    kind = st.tuples(st.sampled_from(DTYPES), st.sampled_from([0, *BITS]), st.sampled_from([None, 8, 24, 64]))
+    return draw(st.one_of(st.lists(kind, max_size=9), st.builds(lambda one, n: [one] * n, kind, st.integers(1, 9))))
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=4),
-    st.integers(0, 3),
     st.sampled_from(DTYPES),
-    st.sampled_from([0, *BITS]),
-    st.sampled_from([None, 8, 64]),
+    kinds_of_task_vectors(),
+    st.booleans(),
+    st.sampled_from(_C.build_info()["cpu_targets"]),
 )
-def test_any_model(shapes, tasks, dtype, bits, group_size):
-    base, taus = model(dtype, shapes), [model(shapes=shapes) for _ in range(tasks)]
-    if bits:
-        taus = [[QuantizedTensor.quantize(t, bits, group_size) for t in task] for task in taus]
-    coefficients = torch.randn(len(shapes), tasks)
-    peer = weighted_merge_reference(base, taus, coefficients)
-    for ours, theirs in zip(weighted_merge(base, taus, coefficients), peer):
-        torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+def test_any_model(shapes, dtype, kinds, transposed, target):
+    def strided(x: Tensor) -> Tensor:  # the same values, not contiguous, and from an odd offset of the storage on
+        return torch.cat([x.new_zeros(1), x.mT.flatten()])[1:].view(x.mT.shape).mT if transposed and x.dim() > 1 else x
+
+    base = [strided(b) for b in model(dtype, shapes)]
+    taus: list[list[Tensor | QuantizedTensor]] = []
+    for task_dtype, bits, group_size in kinds:
+        task = model(task_dtype, shapes)
+        taus.append([QuantizedTensor.quantize(t, bits, group_size) if bits else strided(t) for t in task])
+    results = []
+    before = _C.cpu_target()
+    _C.set_cpu_target(target)
+    try:
+        for merge in (weighted_merge, weighted_merge_reference):
+            torch.manual_seed(1)
+            coefficients = torch.randn(len(shapes), len(kinds), dtype=torch.float64, requires_grad=True)
+            merged = merge(base, taus, coefficients)
+            if kinds:
+                torch.autograd.backward(merged, [torch.randn(m.shape).to(m.dtype) for m in merged])
+            results.append([*merged, *([coefficients.grad] if kinds else [])])
+    finally:
+        _C.set_cpu_target(before)
+    for ours, theirs, exact in zip(*results, [*base, torch.zeros(0, dtype=torch.float32)]):
+        torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(exact.dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_nan_and_infinity_spread_as_in_torch(value, coefficient):
+    base, tau = torch.ones(100), torch.ones(100)
+    tau[37] = value
+    peer = weighted_merge_reference([base], [[tau]], torch.tensor([coefficient]))[0]
+    torch.testing.assert_close(weighted_merge([base], [[tau]], [coefficient])[0], peer, equal_nan=True)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -205,6 +238,8 @@ def test_bad_quantisation_arguments_are_named():
     with pytest.raises(ValueError, match="tensor: expected finite values, got NaN or Inf"):
         QuantizedTensor.quantize(torch.tensor([torch.nan]), 4)
     q = QuantizedTensor.quantize(torch.ones(30), 4)
+    with pytest.raises(ValueError, match="group_size: expected a multiple of 8, or all 30 elements, got 12"):
+        QuantizedTensor(q.codes, q.scale, q.zero_point, 4, 12, q.shape)
     with pytest.raises(
         ValueError, match=r"codes: expected torch.uint8 of shape \[16\], got torch.uint8 of shape \[15\]"
     ):

@@ -28,6 +28,29 @@ STATSMERGE_INLINE void store(T* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Past the caches, where the target has such a store; `to` must be aligned to the vector's size. Other threads see it
+// for certain after finish_streamed().
+template <class T, class V>
+STATSMERGE_INLINE void store_streamed(T* to, V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), std::bit_cast<__m512i>(v));
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), std::bit_cast<__m256i>(v));
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), std::bit_cast<__m128i>(v));
+  }
+#else
+  store(to, v);
+#endif
+}
+
+STATSMERGE_INLINE void finish_streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 STATSMERGE_INLINE Vector<T> broadcast(T x) {
   return x - Vector<T>{};
@@ -46,19 +69,61 @@ STATSMERGE_INLINE void store_part(T* to, Vector<T> v, int64_t count) {
   std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Conversions that the compiler's own form would take apart on x86: to twice the width or more in one instruction. (Of
+// the intrinsics the masked forms are used, as the others make GCC warn of their own undefined operands.)
+
+// N unsigned integers of 8 or 16 bits as N of 32 bits.
+template <int N, class T>
+STATSMERGE_INLINE Vector<uint32_t, N> load_extended(const T* from) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes >= 32 && N >= 4) {
+    __m128i low{};
+    std::memcpy(&low, from, N * sizeof(T) < 16 ? N * sizeof(T) : 16);
+    if constexpr (sizeof(T) == 1 && N == 16 && kVectorBytes == 64) {
+      return std::bit_cast<Vector<uint32_t, N>>(_mm512_maskz_cvtepu8_epi32(0xffff, low));
+    } else if constexpr (sizeof(T) == 1 && N == 8) {
+      return std::bit_cast<Vector<uint32_t, N>>(_mm256_cvtepu8_epi32(low));
+    } else if constexpr (sizeof(T) == 1 && N == 4) {
+      return std::bit_cast<Vector<uint32_t, N>>(_mm_cvtepu8_epi32(low));
+    } else if constexpr (sizeof(T) == 2 && N == 16 && kVectorBytes == 64) {
+      return std::bit_cast<Vector<uint32_t, N>>(_mm512_maskz_cvtepu16_epi32(0xffff, std::bit_cast<__m256i>(load<T, N>(from))));
+    } else if constexpr (sizeof(T) == 2 && N == 8) {
+      return std::bit_cast<Vector<uint32_t, N>>(_mm256_cvtepu16_epi32(low));
+    } else if constexpr (sizeof(T) == 2 && N == 4) {
+      return std::bit_cast<Vector<uint32_t, N>>(_mm_cvtepu16_epi32(low));
+    }
+  }
+#endif
+  return __builtin_convertvector((load<T, N>(from)), Vector<uint32_t, N>);
+}
+
+// Floats as floats or doubles.
+template <class Acc, int N>
+STATSMERGE_INLINE Vector<Acc, N> from_float(Vector<float, N> v) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<Acc, double> && N == 8 && kVectorBytes == 64) {
+    return std::bit_cast<Vector<Acc, N>>(_mm512_maskz_cvtps_pd(0xff, std::bit_cast<__m256>(v)));
+  } else if constexpr (std::is_same_v<Acc, double> && N == 4 && kVectorBytes >= 32) {
+    return std::bit_cast<Vector<Acc, N>>(_mm256_cvtps_pd(std::bit_cast<__m128>(v)));
+  }
+#endif
+  return __builtin_convertvector(v, Vector<Acc, N>);
+}
+
 // N elements of any storage type as N of type Acc (float or double).
 template <class Acc, int N, class T>
 STATSMERGE_INLINE Vector<Acc, N> load_widened(const T* from) {
   if constexpr (std::is_same_v<T, bf16>) {
-    const auto bits = __builtin_convertvector(load<uint16_t, N>(&from->bits), Vector<uint32_t, N>) << 16;
-    return __builtin_convertvector(std::bit_cast<Vector<float, N>>(bits), Vector<Acc, N>);
+    return from_float<Acc, N>(std::bit_cast<Vector<float, N>>(load_extended<N>(&from->bits) << 16));
   } else if constexpr (std::is_same_v<T, f16>) {
     // As the scalar `widen`: the product moves the exponent's bias and normalises denormals on the way.
-    const auto half = __builtin_convertvector(load<uint16_t, N>(&from->bits), Vector<uint32_t, N>);
+    const auto half = load_extended<N>(&from->bits);
     const auto scaled = std::bit_cast<Vector<float, N>>((half & 0x7fffu) << 13) * 0x1p112f;
     const auto special = std::bit_cast<Vector<uint32_t, N>>((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     const auto bits = std::bit_cast<Vector<uint32_t, N>>(scaled) | special | ((half & 0x8000u) << 16);
-    return __builtin_convertvector(std::bit_cast<Vector<float, N>>(bits), Vector<Acc, N>);
+    return from_float<Acc, N>(std::bit_cast<Vector<float, N>>(bits));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return from_float<Acc, N>(load<T, N>(from));
   } else {
     return __builtin_convertvector((load<T, N>(from)), Vector<Acc, N>);
   }

@@ -1,6 +1,5 @@
 // weighted_merge and its gradient on the CPU: from tensors to the kernels' view of them.
 #include "common/merge_operands.h"
-#include "cpu/huge_pages.h"
 #include "cpu/kernels/merge.h"
 
 namespace statsmerge {
@@ -14,16 +13,12 @@ TensorList weighted_merge(TensorList base, TensorList task_vectors, TensorList s
   const TaskVectors taus(task_vectors, scales, zero_points, bits, group_sizes);
   TensorList out;
   std::vector<MergeLayer> layers;
-  std::vector<MemoryRange> results;
   for (Tensor& b : base) {
     b = dense(b);
     out.push_back(torch::stable::empty_like(b));
     layers.push_back(layer(b, "base"));
     layers.back().out = static_cast<char*>(out.back().mutable_data_ptr());
-    const auto address = reinterpret_cast<uintptr_t>(layers.back().out);
-    results.push_back({address, address + b.numel() * bytes_of(layers.back().storage)});
   }
-  advise_huge_pages(std::move(results));
   merge(layers, taus.views, reinterpret_cast<const double*>(bytes(lambda)));
   return out;
 }

@@ -257,15 +257,15 @@ void run_with_source(const TaskVector& t, const Work& work) {
   }
 }
 
-// How many of the tasks from number k on are taken together: 4, 2 or 1 that are read alike.
+// How many of the tasks from number k on are taken together: 4 that are read alike, or 1.
 int64_t group_length(const MergeChunk& chunk, int64_t k) {
   const TaskVector& t = chunk.task_vectors[k * chunk.stride];
-  int64_t length = 1;
-  for (; length < 4 && k + length < chunk.tasks; ++length) {
-    const TaskVector& next = chunk.task_vectors[(k + length) * chunk.stride];
-    if (next.bits != t.bits || next.storage != t.storage) break;
+  if (k + 4 > chunk.tasks) return 1;
+  for (int64_t next = k + 1; next < k + 4; ++next) {
+    const TaskVector& other = chunk.task_vectors[next * chunk.stride];
+    if (other.bits != t.bits || other.storage != t.storage) return 1;
   }
-  return length == 3 ? 2 : length;
+  return 4;
 }
 
 template <class T>
@@ -297,8 +297,6 @@ void merge_chunk_of(const MergeChunk& chunk) {
     }
     if (n == 4) {
       run_with_source(t, AddTasks<Acc, 4>{chunk, k, in, to, streamed});
-    } else if (n == 2) {
-      run_with_source(t, AddTasks<Acc, 2>{chunk, k, in, to, streamed});
     } else {
       run_with_source(t, AddTasks<Acc, 1>{chunk, k, in, to, streamed});
     }
@@ -338,8 +336,6 @@ void products_of(const MergeChunk& chunk, double* products) {
     const TaskVector& t = chunk.task_vectors[k * chunk.stride];
     if (n == 4) {
       run_with_source(t, ProductsOfTasks<G, 4>{chunk, k, g, products + k});
-    } else if (n == 2) {
-      run_with_source(t, ProductsOfTasks<G, 2>{chunk, k, g, products + k});
     } else {
       run_with_source(t, ProductsOfTasks<G, 1>{chunk, k, g, products + k});
     }

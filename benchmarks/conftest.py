@@ -1,0 +1,32 @@
+"""pytest's side of the benchmarks: what every run records about itself."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import target
+import torch
+from harness import compare
+
+from statsmerge_ext import _C
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: small enough for a smoke run (-m quick)")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info.pop("node", None)  # the machine's name says nothing about its speed
+    machine_info["torch"] = torch.__version__
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["target"] = target.TARGET
+    machine_info["kernels"] = _C.cpu_target()
+    machine_info["aten"] = torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.fixture
+def case(benchmark, request: pytest.FixtureRequest):
+    """``harness.compare`` for this test; the module's name says which operator it is about."""
+    benchmark.group = request.module.__name__.removeprefix("test_")
+    return functools.partial(compare, benchmark)

@@ -17,8 +17,12 @@ demo: $(VENV)/.demo  ## merge both task suites by every method; print the tables
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.test  ## run the operators' benchmarks beside their peers
-	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+BENCH := $(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds
+
+bench: $(VENV)/.test  ## benchmark operators and whole merges beside their peers; write docs/benchmarks.md
+	$(BENCH) --benchmark-json=benchmarks/results/operators.json
+	STATSMERGE_BENCH_TARGET=avx2 $(BENCH) --benchmark-json=benchmarks/results/operators_avx2.json
+	$(BIN)/python benchmarks/page.py
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA kernels for every architecture; needs nvcc, not a GPU
 	PYTHON=$(abspath $(BIN))/python csrc/cuda/compile_check.sh

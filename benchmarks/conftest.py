@@ -16,6 +16,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: small enough for a smoke run (-m quick)")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The ceilings enclose everything else."""
+    moments = {"before": 0, "after": 2}
+    items.sort(key=lambda item: moments.get(getattr(item, "callspec", None) and item.callspec.params.get("moment"), 1))
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info.pop("node", None)  # the machine's name says nothing about its speed
     machine_info["torch"] = torch.__version__

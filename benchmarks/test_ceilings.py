@@ -1,53 +1,57 @@
 """What the machine can do at best: the bandwidth and the arithmetic that all floors are computed from.
 
-Matrix products are measured through mm and through oneDNN's linear layer: on some processors the BLAS behind mm reaches
-half of what the processor can do, and a share of that would exceed 100 %.
+Measured before everything else and once more after it, since a shared machine's limits move. Matrix products are measured
+through mm and through oneDNN's linear layer: on some processors the BLAS behind mm reaches half of what the
+processor can do, and a share of that would exceed 100 %.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from harness import seeded
+from torch import Tensor
 
 FLOATS = 64 * 2**20
 SIZE = 2048
 
+pytestmark = [pytest.mark.quick, pytest.mark.parametrize("moment", ["before", "after"])]
 
-def measure(benchmark, ceiling, amount, function):
+#: What is moved by one call on (x, y), in multiples of their size.
+STREAMS: dict[str, tuple[str, int, Callable]] = {
+    "sum": ("read", 1, lambda x, y: x.sum()),
+    "dot": ("read", 2, torch.dot),
+    "copy": ("copy", 2, lambda x, y: y.copy_(x)),
+    "add": ("update", 3, lambda x, y: y.add_(x)),
+}
+
+
+def onednn(x: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+
+
+PRODUCTS = [(torch.mm, torch.float32), (torch.mm, torch.float64), (onednn, torch.float32)]
+if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # without the instructions bfloat16 is a hundred times slower
+    PRODUCTS += [(torch.mm, torch.bfloat16), (onednn, torch.bfloat16)]
+
+
+def measure(benchmark, ceiling: str, amount: float, function: Callable) -> None:
     """Record ``amount`` (bytes or FLOPs) for every round of ``function``."""
     benchmark.group = "ceilings"
     benchmark.extra_info.update(ceiling=ceiling, amount=amount)
     benchmark.pedantic(function, rounds=9, warmup_rounds=2)
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("kind", ["sum", "dot"])
-def test_read(benchmark, kind):
+@pytest.mark.parametrize("stream", STREAMS)
+def test_memory(benchmark, moment, stream):
     x, y = torch.randn(2, FLOATS, generator=seeded())
-    function, operands = (x.sum, 1) if kind == "sum" else (lambda: torch.dot(x, y), 2)
-    measure(benchmark, "read", 4 * FLOATS * operands, function)
+    ceiling, passes, function = STREAMS[stream]
+    measure(benchmark, ceiling, 4 * FLOATS * passes, lambda: function(x, y))
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("kind", ["copy", "update"])
-def test_copy(benchmark, kind):
-    x, y = torch.randn(2, FLOATS, generator=seeded())
-    function, passes = (lambda: y.copy_(x), 2) if kind == "copy" else (lambda: y.add_(x), 3)
-    measure(benchmark, kind, 4 * FLOATS * passes, function)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("kind", ["mm", "linear"])
-def test_products(benchmark, kind, dtype):
-    if dtype == torch.float64 and kind == "linear":
-        pytest.skip("oneDNN has no float64 products")
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("these vector extensions have no bfloat16 products")
+@pytest.mark.parametrize(("product", "dtype"), PRODUCTS, ids=str)
+def test_arithmetic(benchmark, moment, product, dtype):
     x, y = torch.randn(2, SIZE, SIZE, generator=seeded()).to(dtype)
-    if kind == "mm":
-        function = lambda: x @ y
-    else:
-        function = lambda: torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
-    measure(benchmark, str(dtype)[6:], 2 * SIZE**3, function)
+    measure(benchmark, str(dtype)[6:], 2 * SIZE**3, lambda: product(x, y))

@@ -101,7 +101,7 @@ def test_batches(case, shape):
 def test_small(case, shape):
     x = normal(*shape)
     routes = {OURS: accumulate(x), "x.T @ x": Route(lambda: x.T @ x, product_work(x, "float32"))}
-    name = f"{shape[0]} × {shape[1]} float32, warm"
+    name = f"{shape[0]} × {shape[1]} float32"
     case(name, routes, errors=lower_error(exact_gram(x)), bound=1e-6, rounds=51, warm=True)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from statsmerge_ext import ops
 
 K, TOL = 3, 1e-3
+MAX_STEPS = 500  # of PROPACK, which does not restart: its default of 30 is too few for a Gaussian matrix
 LARGE = 32 * 2**20  # bytes; a smaller matrix stays in the caches from pass to pass
 
 
@@ -72,15 +73,13 @@ def routes_of(mats: Tensor, slow: int | None = None) -> dict[str, Route]:
     if has_package("scipy"):
         from scipy.sparse.linalg import svds
 
-        def lanczos(solver: str) -> Tensor:
-            found = [
-                svds(mat.float().numpy(), K, tol=TOL, solver=solver, return_singular_vectors=False, rng=0)
-                for mat in mats
-            ]
+        def lanczos(solver: str, **options) -> Tensor:
+            options.update(tol=TOL, solver=solver, return_singular_vectors=False, rng=0)
+            found = [svds(mat.float().numpy(), K, **options) for mat in mats]
             return torch.stack([torch.from_numpy(values.copy()) for values in found]).sort(descending=True).values
 
         routes["ARPACK"] = Route(lambda: lanczos("arpack"), rounds=slow and slow + 1)
-        routes["PROPACK"] = Route(lambda: lanczos("propack"), rounds=slow and slow + 1)
+        routes["PROPACK"] = Route(lambda: lanczos("propack", maxiter=MAX_STEPS), rounds=slow and slow + 1)
     if has_package("sklearn"):
         from sklearn.utils.extmath import randomized_svd
 

@@ -51,7 +51,7 @@ def test_memory(benchmark, moment, stream):
     measure(benchmark, ceiling, 4 * FLOATS * passes, lambda: function(x, y))
 
 
-@pytest.mark.parametrize(("product", "dtype"), PRODUCTS, ids=str)
+@pytest.mark.parametrize(("product", "dtype"), PRODUCTS, ids=lambda value: getattr(value, "__name__", str(value)[6:]))
 def test_arithmetic(benchmark, moment, product, dtype):
     x, y = torch.randn(2, SIZE, SIZE, generator=seeded()).to(dtype)
     measure(benchmark, str(dtype)[6:], 2 * SIZE**3, lambda: product(x, y))

@@ -16,76 +16,74 @@ import pytest
 import torch
 from harness import OURS, Bar, Route, relative_error
 
-SCRIPT = Path(merges.__file__)
-
 
 class Child:
-    """One route of one case: set up by :meth:`start`, run by :meth:`run`."""
+    """One route of one case: set up by :meth:`start`, run by :meth:`run`; it saves its result after the run."""
 
     def __init__(self, case: str, route: str, folder: Path) -> None:
-        self.arguments = [case, route]
         self.path = folder / f"{route}.pt"
+        self.command = [sys.executable, merges.__file__, case, route, str(self.path)]
         self.process: subprocess.Popen | None = None
+        self.facts: dict[str, int] = {}
 
     def start(self) -> None:
-        command = [sys.executable, str(SCRIPT), *self.arguments, str(self.path)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._expect("ready")
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while self._line() != "ready\n":
+            pass
 
-    def run(self) -> dict:
-        """{"path", "held", "peak"} of the run; the process is gone afterwards."""
+    def run(self) -> Child:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        facts = json.loads(self._line())
-        return {"path": self.path, **facts}
+        self.facts = json.loads(self._line())
+        return self
 
-    def result(self) -> dict:
-        self.start()
-        self.run()
-        self.process.communicate()
+    def result(self) -> dict | None:
+        """What the last run computed, once it is saved."""
+        self.process.wait()
         return torch.load(self.path)
+
+    def memory(self) -> dict[str, float]:
+        """Of the last run, in MiB."""
+        held, peak = (self.facts[name] / 2**20 for name in ("held", "peak"))
+        return {"MiB above the inputs": peak - held, "MiB in all": peak}
 
     def _line(self) -> str:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(self.arguments)} ended with status {self.process.wait()}")
+            raise RuntimeError(f"{' '.join(self.command)} ended with status {self.process.wait()}")
         return line
 
-    def _expect(self, word: str) -> None:
-        while self._line().strip() != word:
-            pass
+
+def exact_result(case: str, folder: Path) -> dict:
+    child = Child(case, "exact", folder)
+    child.start()
+    return child.run().result()
 
 
 def routes_of(case: str, folder: Path, slow: int | None) -> dict[str, Route]:
     """Every route but the exact one; all but ours take part in ``slow`` rounds."""
-    names = [name for name in merges.CASES[case][1] if name != "exact"]
-    children = {name: Child(case, name, folder) for name in names}
+    children = {name: Child(case, name, folder) for name in merges.CASES[case][1] if name != "exact"}
     return {
         name: Route(child.run, prepare=child.start, rounds=None if name == OURS else slow)
         for name, child in children.items()
     }
 
 
-def memory(result: dict) -> dict[str, float]:
-    """What was saved is complete once the process has ended."""
-    return {"MiB above the inputs": (result["peak"] - result["held"]) / 2**20, "MiB in all": result["peak"] / 2**20}
-
-
-def lot_errors(exact: dict) -> Callable[[dict], dict[str, float]]:
+def lot_errors(exact: dict) -> Callable[[Child], dict[str, float]]:
     """The largest error of the checked layers' outputs against the exact solution's."""
     keys = [key.removeprefix("exact/") for key in exact if key.startswith("exact/")]
 
-    def errors(result: dict) -> dict[str, float]:
-        state = torch.load(result["path"])
+    def errors(child: Child) -> dict[str, float]:
+        state = child.result()
         if state is None:
-            return memory(result)
+            return child.memory()
         found = []
         for key in keys:
             solution, gram = exact[f"exact/{key}"], exact[f"gram/{key}"]
             ours = (state[key].double() - exact[f"base/{key}"].double()) / merges.SCALING_FACTOR
             difference = ours.reshape(solution.shape) - solution
             found.append(float(((difference @ gram) * difference).sum() / ((solution @ gram) * solution).sum()) ** 0.5)
-        return {"error": max(found), **memory(result)}
+        return {"error": max(found), **child.memory()}
 
     return errors
 
@@ -93,7 +91,7 @@ def lot_errors(exact: dict) -> Callable[[dict], dict[str, float]]:
 @pytest.mark.parametrize("model", ["vision8", "vit"])
 def test_lot(case, tmp_path, model):
     name = f"lot_{model}"
-    exact = Child(name, "exact", tmp_path).result()
+    exact = exact_result(name, tmp_path)
     title = {"vision8": "LOT on vision8 (EfficientNet-Lite0)", "vit": "LOT of a ViT-B/32's shape"}[model]
     case(
         f"{title}, K = {merges.TASKS}, {merges.SAMPLES} samples a task",
@@ -108,13 +106,13 @@ def test_lot(case, tmp_path, model):
 @pytest.mark.parametrize("samples", [1, 16])
 def test_step(case, tmp_path, samples):
     name = f"step_{samples}"
-    exact = Child(name, "exact", tmp_path).result()["gradient"] if samples == 1 else None
+    exact = exact_result(name, tmp_path)["gradient"] if samples == 1 else None
 
-    def errors(result: dict) -> dict[str, float]:
-        state = torch.load(result["path"])
+    def errors(child: Child) -> dict[str, float]:
+        state = child.result()
         if state is None or exact is None:
-            return {"error": 0.0, **memory(result)}
-        return {"error": relative_error(state["gradient"], exact), **memory(result)}
+            return {"error": 0.0, **child.memory()}
+        return {"error": relative_error(state["gradient"], exact), **child.memory()}
 
     case(
         f"StatsMerging step, ViT-B/32's shape, K = {merges.TASKS}, {samples} sample{'s' * (samples > 1)} a task",

@@ -1,7 +1,8 @@
 """topk_svd: the three leading singular values to 1e-3, beside full, randomised and Lanczos decompositions.
 
-Every peer gets float32 (bfloat16 is converted in its timed run). ARPACK and PROPACK run at the tolerance at which they
-stop with errors like ours; svd_lowrank has no tolerance, which is what its error column is about.
+Every peer gets float32 (bfloat16 is converted in its timed run). ARPACK and PROPACK get tolerances that leave them errors
+like ours or, as they count in restarts and steps, smaller ones; looser tolerances make them no faster. svd_lowrank has no
+tolerance, which is what its error column is about.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ def routes_of(mats: Tensor, slow: int | None = None) -> dict[str, Route]:
         from scipy.sparse.linalg import svds
 
         def lanczos(solver: str, **options) -> Tensor:
-            options.update(tol=TOL, solver=solver, return_singular_vectors=False, rng=0)
+            options.update(solver=solver, return_singular_vectors=False, rng=0)
             found = [svds(mat.float().numpy(), K, **options) for mat in mats]
             return torch.stack([torch.from_numpy(values.copy()) for values in found]).sort(descending=True).values
 
-        routes["ARPACK"] = Route(lambda: lanczos("arpack"), rounds=slow and slow + 1)
-        routes["PROPACK"] = Route(lambda: lanczos("propack", maxiter=MAX_STEPS), rounds=slow and slow + 1)
+        routes["ARPACK"] = Route(lambda: lanczos("arpack", tol=1e-2), rounds=slow and slow + 1)
+        routes["PROPACK"] = Route(lambda: lanczos("propack", tol=0.03, maxiter=MAX_STEPS), rounds=slow and slow + 1)
     if has_package("sklearn"):
         from sklearn.utils.extmath import randomized_svd
 

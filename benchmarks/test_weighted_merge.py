@@ -257,4 +257,4 @@ def test_quantised(case, models, bits):
 def test_small(case, count, size):
     models = Models([(size,)] * count)
     routes = {OURS: ours(models), **chains(models)}
-    case(f"{count} tensors of {size}, K = 8, float32", routes, errors=models.errors, bound=1e-6, rounds=31, warm=True)
+    case(f"{count} tensors of {size}, K = 8, float32", routes, errors=models.errors, bound=1e-6, rounds=21, warm=True)

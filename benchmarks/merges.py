@@ -286,7 +286,7 @@ class PlainStep:
         }
 
     def __call__(self) -> State:
-        coefficients = self.step.coefficients.to(self.dtype).requires_grad_()
+        coefficients = self.step.coefficients.to(self.dtype, copy=True).requires_grad_()
         forward = _Forward(self.model, self.step.problem.forward)
         merged = None if self.rebuild else self.merge(coefficients)
         for k, (batch,) in enumerate(self.step.problem.batches.values()):

@@ -232,7 +232,7 @@ def draw(runs: Mapping[str, Run], operator: str, path: Path) -> None:
                     axis.plot(floor, place, marker="|", color="red", markersize=9, linestyle="", label="floor of ours")
         axis.set(xscale="log", xlabel="milliseconds", title=target)
         axis.set_yticks(range(len(names)), names)
-        axis.grid(axis="x", which="both", alpha=0.25)
+        axis.grid(axis="x", alpha=0.25)
     axes[0][0].invert_yaxis()
     legend = {
         label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)

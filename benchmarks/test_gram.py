@@ -13,7 +13,6 @@ from harness import OURS, Bar, Route, Work, relative_error, seeded
 from torch import Tensor
 
 from statsmerge_ext import ops
-from statsmerge_ext.evidence.observe import patches
 
 
 def lower_error(exact: Tensor):
@@ -26,20 +25,26 @@ def exact_gram(x: Tensor) -> Tensor:
     return x.mT @ x
 
 
-def accumulate(x: Tensor, dtype: torch.dtype = torch.float32, add=ops.gram_accumulate_) -> Route:
-    """Our route for x [..., tokens, in]; the work is a triangle, read and written once."""
+def accumulate(x: Tensor, dtype: torch.dtype = torch.float32, image: Tensor | None = None, **geometry) -> Route:
+    """Our route for x [..., tokens, in], or for the ``image`` whose patches x are; a triangle is read and written once."""
     *batch, tokens, size = x.shape
     start = torch.zeros(*batch, size, size, dtype=dtype).masked_fill_(torch.ones(size, size).triu(1).bool(), torch.nan)
     gram = torch.empty_like(start)
+    source = x if image is None else image
     triangle = start.numel() // size * (size + 1) / 2
-    products = str(x.dtype if dtype == torch.float32 else dtype)[6:]
     work = Work(
-        read=x.numel() * x.element_size() + triangle * gram.element_size(),
+        read=source.numel() * source.element_size() + triangle * gram.element_size(),
         written=triangle * gram.element_size(),
         flops=2 * tokens * triangle,
-        dtype=products,
+        dtype=str(x.dtype if dtype == torch.float32 else dtype)[6:],
     )
-    return Route(lambda: add(gram, x), work, prepare=lambda: gram.copy_(start))
+
+    def run() -> Tensor:
+        if image is None:
+            return ops.gram_accumulate_(gram, x)
+        return ops.gram_accumulate_patches_(gram, image, **geometry)
+
+    return Route(run, work, prepare=lambda: gram.copy_(start))
 
 
 def product_work(x: Tensor, dtype: str) -> Work:
@@ -109,20 +114,21 @@ def test_small(case, shape):
     ("channels", "groups", "kernel", "side"), [(96, 96, 5, 32), (1152, 1152, 3, 8), (64, 1, 3, 32)], ids=str
 )
 def test_convolution(case, channels, groups, kernel, side):
-    x = normal(16, channels, side, side).to(memory_format=torch.channels_last)
-    geometry = ((kernel, kernel), (1, 1), ((kernel // 2,) * 2,) * 2, (1, 1), groups)
+    """The peer unfolds the patches into a matrix; ours forms them inside the kernel."""
+    image = normal(16, channels, side, side).to(memory_format=torch.channels_last)
 
     def unfold() -> Tensor:
-        columns = F.unfold(x, kernel, padding=kernel // 2).unflatten(1, (groups, -1))
-        columns = columns.permute(1, 0, 3, 2).flatten(1, 2)
+        columns = F.unfold(image, kernel, padding=kernel // 2).unflatten(1, (groups, -1))
+        return columns.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def unfold_bmm() -> Tensor:
+        columns = unfold()
         return columns.mT @ columns
 
-    cut = patches(x, *geometry)
-    ours = accumulate(cut)
-    gram = ours.run()  # the same buffer every time
+    x = unfold()
     routes = {
-        OURS: Route(lambda: ops.gram_accumulate_(gram, patches(x, *geometry)), ours.work, ours.prepare),
-        "unfold + bmm": Route(unfold, product_work(cut, "float32")),
+        OURS: accumulate(x, image=image, kernel_size=kernel, padding=kernel // 2, groups=groups),
+        "unfold + bmm": Route(unfold_bmm, product_work(x, "float32")),
     }
-    name = f"convolution {kernel} × {kernel}, {channels} channels in {groups} groups, 16 × {side} × {side}"
-    case(name, routes, errors=lower_error(exact_gram(cut)), bound=1e-6)
+    name = f"convolution {kernel} × {kernel}, {channels} channels in {groups} group{'s' * (groups > 1)}, 16 × {side} × {side}"
+    case(name, routes, errors=lower_error(exact_gram(x)), bound=1e-6)

@@ -40,13 +40,13 @@ def exact_values(mats: Tensor) -> Tensor:
 
 
 def ours_work(mats: Tensor):
-    """Every pass multiplies by A and Aᵀ; a matrix that fits the caches comes from memory once."""
+    """Every pass multiplies K vectors or more by A and Aᵀ; a matrix that fits the caches comes from memory once."""
     count, m, n = mats.shape
     size = m * n * mats.element_size()
 
     def work(result: ops.TopKSVD) -> Work:
         passes = float(result.passes.sum())
-        return Work(read=size * (passes if size > LARGE else count), flops=4.0 * m * n * passes)
+        return Work(read=size * (passes if size > LARGE else count), flops=4.0 * m * n * K * passes)
 
     return work
 

@@ -21,7 +21,7 @@ BENCH := $(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,ro
 
 bench: $(VENV)/.test  ## benchmark operators and whole merges beside their peers; write docs/benchmarks.md
 	$(BENCH) --benchmark-json=benchmarks/results/operators.json
-	STATSMERGE_BENCH_TARGET=avx2 $(BENCH) --benchmark-json=benchmarks/results/operators_avx2.json
+	STATSMERGE_BENCH_TARGET=avx2 $(BENCH) -m "not long" --benchmark-json=benchmarks/results/operators_avx2.json
 	$(BIN)/python benchmarks/page.py
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA kernels for every architecture; needs nvcc, not a GPU

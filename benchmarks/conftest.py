@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+from importlib import metadata
 
 import pytest
 import target
 import torch
-from harness import compare
+from harness import compare, has_package
 
 from statsmerge_ext import _C
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: small enough for a smoke run (-m quick)")
+    config.addinivalue_line("markers", "long: whole minutes, nearly all of them the peers'")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +31,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["target"] = target.TARGET
     machine_info["kernels"] = _C.cpu_target()
     machine_info["aten"] = torch.backends.cpu.get_cpu_capability()
+    machine_info["torch_build"] = torch.__config__.show()
+    machine_info["peers"] = {name: metadata.version(name) for name in ("scipy", "scikit-learn") if has_package(name)}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 
 import target
 import torch
@@ -173,7 +174,9 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def has_package(name: str) -> bool:
-    """Whether an optional peer is installed."""
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
+    """Whether a distribution that holds an optional peer is installed."""
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -88,7 +88,7 @@ def lot_errors(exact: dict) -> Callable[[Child], dict[str, float]]:
     return errors
 
 
-@pytest.mark.parametrize("model", ["vision8", "vit"])
+@pytest.mark.parametrize("model", ["vision8", pytest.param("vit", marks=pytest.mark.long)])
 def test_lot(case, tmp_path, model):
     name = f"lot_{model}"
     exact = exact_result(name, tmp_path)
@@ -103,7 +103,7 @@ def test_lot(case, tmp_path, model):
     )
 
 
-@pytest.mark.parametrize("samples", [1, 16])
+@pytest.mark.parametrize("samples", [1, pytest.param(16, marks=pytest.mark.long)])
 def test_step(case, tmp_path, samples):
     name = f"step_{samples}"
     exact = exact_result(name, tmp_path)["gradient"] if samples == 1 else None

@@ -81,7 +81,7 @@ def routes_of(mats: Tensor, slow: int | None = None) -> dict[str, Route]:
 
         routes["ARPACK"] = Route(lambda: lanczos("arpack", tol=1e-2), rounds=slow and slow + 1)
         routes["PROPACK"] = Route(lambda: lanczos("propack", tol=0.03, maxiter=MAX_STEPS), rounds=slow and slow + 1)
-    if has_package("sklearn"):
+    if has_package("scikit-learn"):
         from sklearn.utils.extmath import randomized_svd
 
         def randomised() -> Tensor:

@@ -364,7 +364,7 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
                 "exact": lambda s: PlainStep(s, rebuild=True, dtype=torch.float64),
             },
         )
-        for samples in (1, 16)
+        for samples in (1, 4)
     },
 }
 

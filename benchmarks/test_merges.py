@@ -95,15 +95,15 @@ def test_lot(case, tmp_path, model):
     title = {"vision8": "LOT on vision8 (EfficientNet-Lite0)", "vit": "LOT of a ViT-B/32's shape"}[model]
     case(
         f"{title}, K = {merges.TASKS}, {merges.SAMPLES} samples a task",
-        routes_of(name, tmp_path, slow=3 if model == "vision8" else 1),
+        routes_of(name, tmp_path, slow=2 if model == "vision8" else 1),
         errors=lot_errors(exact),
         bound=1e-3,
-        rounds=3 if model == "vision8" else 2,
+        rounds=2,
         bars=(Bar("plain torch", 4),),
     )
 
 
-@pytest.mark.parametrize("samples", [1, pytest.param(16, marks=pytest.mark.long)])
+@pytest.mark.parametrize("samples", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_step(case, tmp_path, samples):
     name = f"step_{samples}"
     exact = exact_result(name, tmp_path)["gradient"] if samples == 1 else None
@@ -116,7 +116,7 @@ def test_step(case, tmp_path, samples):
 
     case(
         f"StatsMerging step, ViT-B/32's shape, K = {merges.TASKS}, {samples} sample{'s' * (samples > 1)} a task",
-        routes_of(name, tmp_path, slow=2),
+        routes_of(name, tmp_path, slow=1),
         errors=errors,
         bound=1e-4,
         rounds=2,

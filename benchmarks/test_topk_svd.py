@@ -119,8 +119,10 @@ def test_matrices(case, spectrum, shape, bars, slow):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "bars"),
-    [((1, 4096, 4096), torch.float32, (60, 120)), ((1, 4096, 14336), torch.bfloat16, (100, None))],
-    ids=["4096-float32", "14336-bfloat16"],
+    [
+        pytest.param((1, 4096, 4096), torch.float32, (60, 120), id="4096-float32"),
+        pytest.param((1, 4096, 14336), torch.bfloat16, (100, None), id="14336-bfloat16", marks=pytest.mark.long),
+    ],
 )
 def test_large(case, shape, dtype, bars):
     mats = gaussian(*shape).to(dtype)

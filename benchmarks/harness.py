@@ -63,11 +63,12 @@ class Route:
 
 @dataclass(frozen=True)
 class Bar:
-    """What our route has to reach: so many times the speed of ``peer``."""
+    """What our route has to reach: ``peer`` takes so many times its time, or has so many times what else it is ``of``."""
 
     peer: str
     at_least: float
     towards: float | None = None
+    of: str = "seconds"
 
 
 def compare(

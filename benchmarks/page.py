@@ -83,12 +83,17 @@ class Case:
 
     name: str
     routes: dict[str, Measured]
-    bars: dict[str, Mapping]
+    bars: list[Mapping]
     note: str
 
-    def ratio(self, route: str) -> float:
-        """How many times as long as ours ``route`` takes."""
-        return self.routes[route].median / self.routes[OURS].median
+    def ratio(self, route: str, of: str = "seconds") -> float:
+        """How many times as long as ours ``route`` takes, or how much more of something else it has."""
+        if of == "seconds":
+            return self.routes[route].median / self.routes[OURS].median
+        return self.routes[route].errors[of] / self.routes[OURS].errors[of]
+
+    def missed(self, bar: Mapping) -> bool:
+        return self.ratio(bar["peer"], bar["of"]) < bar["at_least"]
 
 
 @dataclass
@@ -114,9 +119,8 @@ def read_run(path: Path) -> Run:
             name: Measured(route["seconds"] or seconds, route["errors"], route["work"])
             for name, route in extra["routes"].items()
         }
-        bars = {bar["peer"]: bar for bar in extra["bars"]}
         caches = "" if extra["caches"] == "cold" else ", warm caches"
-        case = Case(extra["case"] + caches, routes, bars, extra["note"])
+        case = Case(extra["case"] + caches, routes, extra["bars"], extra["note"])
         run.operators.setdefault(entry["group"], {})[case.name] = case
     return run
 
@@ -142,19 +146,22 @@ def _errors(errors: Mapping[str, float]) -> str:
     )
 
 
-def _bar(case: Case, route: str) -> str:
-    bar = case.bars.get(route)
-    if bar is None:
-        return ""
-    return f"≥ {bar['at_least']:g} ×" + (f", towards {bar['towards']:g} ×" if bar["towards"] else "")
+def _bars(case: Case, route: str) -> str:
+    texts = []
+    for bar in case.bars:
+        if bar["peer"] == route:
+            text = f"≥ {bar['at_least']:g} ×" + (f", towards {bar['towards']:g} ×" if bar["towards"] else "")
+            if bar["of"] != "seconds":  # it has no column of its own
+                text += f" {bar['of']}: {_number(case.ratio(route, bar['of']))} ×" + " ✗" * case.missed(bar)
+            texts.append(text)
+    return "; ".join(texts)
 
 
 def _ratio(case: Case, route: str) -> str:
     if route == OURS:
         return ""
-    bar = case.bars.get(route)
-    missed = bar is not None and case.ratio(route) < bar["at_least"]
-    return f"{_number(case.ratio(route))} ×" + (" ✗" if missed else "")
+    missed = any(case.missed(bar) for bar in case.bars if bar["peer"] == route and bar["of"] == "seconds")
+    return f"{_number(case.ratio(route))} ×" + " ✗" * missed
 
 
 def operator_table(runs: Mapping[str, Run], operator: str) -> str:
@@ -176,7 +183,7 @@ def operator_table(runs: Mapping[str, Run], operator: str) -> str:
                     continue
                 share = here.routes[route].share(run.ceilings)
                 row += [milliseconds(here.routes[route]), _ratio(here, route), "" if share is None else f"{share:.0%}"]
-            lines.append([*row, _errors(measured.errors), _bar(case, route)])
+            lines.append([*row, _errors(measured.errors), _bars(case, route)])
     return "\n\n".join([_markdown(lines), *notes])
 
 

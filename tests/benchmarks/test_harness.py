@@ -87,7 +87,7 @@ def test_what_is_recorded(session):
     compare(session, "facts", routes, errors=distance, bound=0.0, rounds=1, bars=(Bar("peer", 2.0),), note="odd")
     facts = session.extra_info
     assert (facts["case"], facts["note"], facts["caches"]) == ("facts", "odd", "cold")
-    assert facts["bars"] == [{"peer": "peer", "at_least": 2.0, "towards": None}]
+    assert facts["bars"] == [{"peer": "peer", "at_least": 2.0, "towards": None, "of": "seconds"}]
     assert facts["routes"][OURS]["work"]["flops"] == 1.0
     assert facts["routes"]["peer"]["work"]["read"] == 4.0
     assert facts["routes"]["peer"]["errors"] == {"error": 0.5}

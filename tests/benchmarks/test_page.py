@@ -24,7 +24,10 @@ def run(tmp_path):
         "case": "small",
         "caches": "warm",
         "note": "",
-        "bars": [{"peer": "peer", "at_least": 3.0, "towards": None}],
+        "bars": [
+            {"peer": "peer", "at_least": 3.0, "towards": None, "of": "seconds"},
+            {"peer": "peer", "at_least": 2.0, "towards": 4.0, "of": "error"},
+        ],
         "routes": {"statsmerge": route([], 1e-7, WORK), "peer": route([0.4], 2e-7)},
     }
     content = {
@@ -73,7 +76,18 @@ def test_table(run):
     ours, peer = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     timed = ["200 [150, 250]", "", "50%"]
     assert ours == ["**small, warm caches**", "statsmerge", *timed, *timed, "1.0e-07", ""]
-    assert peer == ["", "peer", "400", "2.00 × ✗", "", "400", "2.00 × ✗", "", "2.0e-07", "≥ 3 ×"]
+    assert peer == [
+        "",
+        "peer",
+        "400",
+        "2.00 × ✗",
+        "",
+        "400",
+        "2.00 × ✗",
+        "",
+        "2.0e-07",
+        "≥ 3 ×; ≥ 2 ×, towards 4 × error: 2.00 ×",
+    ]
 
 
 def test_milliseconds_have_three_digits():

@@ -81,7 +81,6 @@ def compare(
     rounds: int = 7,
     warm: bool = False,
     bars: tuple[Bar, ...] = (),
-    note: str = "",
 ) -> None:
     """Measure all ``routes`` of a case in turns and record what each took and how wrong it was.
 
@@ -94,7 +93,6 @@ def compare(
         rounds: timed rounds, after one that warms up.
         warm: run each route once, untimed, just before it is timed; otherwise the caches are emptied.
         bars: of this case.
-        note: a sentence for the page.
     """
     peers = [name for name in routes if name != OURS]
     seconds: dict[str, list[float]] = {name: [] for name in peers}
@@ -148,7 +146,6 @@ def compare(
         case=case,
         caches="warm" if warm else "cold",
         bars=[asdict(bar) for bar in bars],
-        note=note,
         routes={
             name: {
                 "seconds": seconds.get(name, []),

@@ -84,7 +84,6 @@ class Case:
     name: str
     routes: dict[str, Measured]
     bars: list[Mapping]
-    note: str
 
     def ratio(self, route: str, of: str = "seconds") -> float:
         """How many times as long as ours ``route`` takes, or how much more of something else it has."""
@@ -120,7 +119,7 @@ def read_run(path: Path) -> Run:
             for name, route in extra["routes"].items()
         }
         caches = "" if extra["caches"] == "cold" else ", warm caches"
-        case = Case(extra["case"] + caches, routes, extra["bars"], extra["note"])
+        case = Case(extra["case"] + caches, routes, extra["bars"])
         run.operators.setdefault(entry["group"], {})[case.name] = case
     return run
 
@@ -171,10 +170,8 @@ def operator_table(runs: Mapping[str, Run], operator: str) -> str:
         head += [f"{target}: ms [quartiles]", "× ours", "of the ceiling"]
     lines = [head + ["error", "bar"]]
     cases = next(iter(runs.values())).operators[operator]
-    notes = []
     for name, case in cases.items():
         found = [run.operators.get(operator, {}).get(name) for run in runs.values()]
-        notes += [f"{name}: {c.note}" for c in found if c and c.note]
         for route, measured in case.routes.items():
             row = [f"**{name}**" if route == OURS else "", route]
             for run, here in zip(runs.values(), found, strict=True):
@@ -184,7 +181,7 @@ def operator_table(runs: Mapping[str, Run], operator: str) -> str:
                 share = here.routes[route].share(run.ceilings)
                 row += [milliseconds(here.routes[route]), _ratio(here, route), "" if share is None else f"{share:.0%}"]
             lines.append([*row, _errors(measured.errors), _bars(case, route)])
-    return "\n\n".join([_markdown(lines), *notes])
+    return _markdown(lines)
 
 
 def ceiling_table(runs: Mapping[str, Run]) -> str:

@@ -6,10 +6,10 @@ The triangle that our route leaves alone is poisoned with NaN before every run, 
 from __future__ import annotations
 
 import pytest
-import target
 import torch
 import torch.nn.functional as F
 from harness import OURS, Bar, Route, Work, relative_error, seeded
+from target import TARGET
 from torch import Tensor
 
 from statsmerge_ext import ops
@@ -73,15 +73,10 @@ def test_bfloat16(case, shape):
     routes = {
         OURS: accumulate(x),
         "upcast + mm": Route(lambda: x.float().T @ x.float(), product_work(x, "float32")),
+        "bf16 x.T @ x": Route(lambda: x.T @ x, product_work(x, "bfloat16"), rounds=None if TARGET == "native" else 2),
     }
-    bars, note = (Bar("upcast + mm", 1.4), Bar("bf16 x.T @ x", 6)), ""
-    if target.TARGET == "native" or shape == SHAPES[0]:
-        slow = None if target.TARGET == "native" else 1
-        routes["bf16 x.T @ x"] = Route(lambda: x.T @ x, product_work(x, "bfloat16"), rounds=slow)
-    else:
-        note = "Without bfloat16 instructions torch's bf16 x.T @ x takes minutes here and is left out."
-    exact = lower_error(exact_gram(x))
-    case(f"{shape[0]} × {shape[1]} bfloat16", routes, errors=exact, bound=1e-6, bars=bars, note=note)
+    bars = (Bar("upcast + mm", 1.4), Bar("bf16 x.T @ x", 6))
+    case(f"{shape[0]} × {shape[1]} bfloat16", routes, errors=lower_error(exact_gram(x)), bound=1e-6, bars=bars)
 
 
 def test_float64(case):

@@ -84,9 +84,9 @@ def test_what_is_recorded(session):
         OURS: Route(lambda: torch.tensor(1.0), lambda result: Work(flops=float(result))),
         "peer": Route(lambda: torch.tensor(1.5), Work(read=4.0)),
     }
-    compare(session, "facts", routes, errors=distance, bound=0.0, rounds=1, bars=(Bar("peer", 2.0),), note="odd")
+    compare(session, "facts", routes, errors=distance, bound=0.0, rounds=1, bars=(Bar("peer", 2.0),))
     facts = session.extra_info
-    assert (facts["case"], facts["note"], facts["caches"]) == ("facts", "odd", "cold")
+    assert (facts["case"], facts["caches"]) == ("facts", "cold")
     assert facts["bars"] == [{"peer": "peer", "at_least": 2.0, "towards": None, "of": "seconds"}]
     assert facts["routes"][OURS]["work"]["flops"] == 1.0
     assert facts["routes"]["peer"]["work"]["read"] == 4.0

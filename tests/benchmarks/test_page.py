@@ -23,7 +23,6 @@ def run(tmp_path):
     case = {
         "case": "small",
         "caches": "warm",
-        "note": "",
         "bars": [
             {"peer": "peer", "at_least": 3.0, "towards": None, "of": "seconds"},
             {"peer": "peer", "at_least": 2.0, "towards": 4.0, "of": "error"},

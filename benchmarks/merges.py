@@ -4,7 +4,8 @@
 
 Sets everything up, writes "ready", waits for a line on its input, runs the route once, saves the result to the file
 RESULT and writes one line of JSON: the bytes held before the run and the most that were held during it.
-The plain-torch routes stand here in full: what one writes from the papers' formulas with torch alone.
+The plain-torch routes stand here in full: what one writes from the papers' formulas with torch alone. Linux only, for
+the sake of /proc.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ TASKS = 8
 SAMPLES = 64
 BATCH_SIZE = 32
 SCALING_FACTOR = 1.2
+VIT_SHAPE = {
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 
 State = Mapping[str, Tensor]
 Grams = dict[str, Tensor]
@@ -55,14 +64,14 @@ def vit(samples: int = SAMPLES) -> Problem:
     """A vision transformer of ViT-B/32's shape with random weights, experts near it, random images."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=32, **shape)).eval()
+        model = CLIPVisionModel(CLIPVisionConfig(**VIT_SHAPE)).eval()
     base = {key: value.clone() for key, value in model.state_dict().items()}
     generator = seeded()
     experts = {f"task{k}": {key: _moved(value, generator) for key, value in base.items()} for k in range(TASKS)}
-    images = torch.randn(TASKS, samples, 3, 224, 224, generator=generator)
+    side = VIT_SHAPE["image_size"]
+    images = torch.randn(TASKS, samples, 3, side, side, generator=generator)
     batches = {name: list(images[k].split(BATCH_SIZE)) for k, name in enumerate(experts)}
     return Problem(model, base, experts, batches, lambda model, batch: model(pixel_values=batch).pooler_output)
 
@@ -212,6 +221,17 @@ def exact_lot(problem: Problem, keys: tuple[str, ...]) -> State:
     return result
 
 
+def output_error(state: State, exact: State) -> float:
+    """The largest relative error of the outputs of the layers in ``exact`` (what :func:`exact_lot` gives)."""
+    found = []
+    for key in [name.removeprefix("exact/") for name in exact if name.startswith("exact/")]:
+        solution, gram = exact[f"exact/{key}"], exact[f"gram/{key}"]
+        merged = (state[key].double() - exact[f"base/{key}"].double()) / SCALING_FACTOR
+        difference = merged.reshape(solution.shape) - solution
+        found.append(float(((difference @ gram) * difference).sum() / ((solution @ gram) * solution).sum()) ** 0.5)
+    return max(found)
+
+
 # One training step of StatsMerging: the coefficients' gradient.
 
 
@@ -230,7 +250,8 @@ class Step:
 
 def step(samples: int) -> Step:
     problem = vit(samples)
-    head = torch.randn(768, 100, generator=seeded(1)) / 768**0.5
+    width = VIT_SHAPE["hidden_size"]
+    head = torch.randn(width, 100, generator=seeded(1)) / width**0.5
     targets = torch.randint(100, (TASKS, samples), generator=seeded(2))
     problem.batches = {name: [torch.cat(batches)] for name, batches in problem.batches.items()}
     return Step(problem, torch.full((len(find_layers(problem.model)), TASKS), 0.3), head, targets)

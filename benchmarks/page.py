@@ -194,10 +194,10 @@ def ceiling_table(runs: Mapping[str, Run]) -> str:
 
 def facts_line(run: Run) -> str:
     facts = run.facts
-    dirty = " with local changes" if facts["dirty"] else ""
+    dirty = " with local changes" if facts.get("dirty") else ""
     return (
         f"{facts['cpu']['brand_raw']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python_version']}; "
-        f"{facts['date']}, commit {facts['id'][:7]}{dirty}."
+        f"{facts['date']}, commit {facts.get('id', 'unknown')[:7]}{dirty}."
     )
 
 

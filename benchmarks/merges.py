@@ -328,16 +328,24 @@ class _Forward(nn.Module):
 
 
 class ForwardBackward:
-    """The floor of a step: the model's own forward and backward passes, weights' gradients included."""
+    """The floor of a step: the model's own forward and backward passes, weights' gradients included.
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    The merged weights are the same for all tasks, so their samples may also go ``together``.
+    """
+
+    def __init__(self, step: Step, *, together: bool) -> None:
+        self.step, self.together = step, together
         step.problem.model.requires_grad_()
 
     def __call__(self) -> None:
         problem = self.step.problem
         problem.model.zero_grad()
-        for k, (batch,) in enumerate(problem.batches.values()):
+        batches = [batch for (batch,) in problem.batches.values()]
+        if self.together:
+            features = problem.forward(problem.model, torch.cat(batches)).chunk(TASKS)
+            sum(self.step.loss(k, part) for k, part in enumerate(features)).backward()
+            return
+        for k, batch in enumerate(batches):
             self.step.loss(k, problem.forward(problem.model, batch)).backward()
 
 
@@ -381,7 +389,8 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
                 "statsmerge": lambda s: _warmed(OurStep(s)),
                 "graph a task": lambda s: _warmed(PlainStep(s, rebuild=True)),
                 "graph kept": lambda s: _warmed(PlainStep(s, rebuild=False)),
-                "forward + backward": lambda s: _warmed(ForwardBackward(s)),
+                "forward + backward": lambda s: _warmed(ForwardBackward(s, together=False)),
+                "the same, tasks together": lambda s: _warmed(ForwardBackward(s, together=True)),
                 "exact": lambda s: PlainStep(s, rebuild=True, dtype=torch.float64),
             },
         )

@@ -39,6 +39,16 @@ def test_step(route):
     torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
 
 
+def test_floors_of_a_step_have_the_same_gradient():
+    gradients = []
+    for together in (False, True):
+        step = merges.step(1)
+        merges.ForwardBackward(step, together=together)()
+        gradients.append(step.problem.model.encoder.layers[0].mlp.fc1.weight.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].any()
+
+
 def test_memory_is_that_of_the_run():
     torch.ones(2**24)
     held = merges.resident("VmRSS")

@@ -20,8 +20,12 @@ test: $(VENV)/.test  ## run the tests
 native-test: $(VENV)/.torch  ## test the kernels without torch, plainly and under sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" tests/native/run.sh
 
-bench: $(VENV)/.test  ## run the operators' benchmarks beside their peers
-	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+BENCH := $(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds
+
+bench: $(VENV)/.bench  ## benchmark operators and whole merges beside their peers; write docs/benchmarks.md
+	$(BENCH) --benchmark-json=benchmarks/results/operators.json
+	STATSMERGE_BENCH_TARGET=avx2 $(BENCH) -m "not long" --benchmark-json=benchmarks/results/operators_avx2.json
+	$(BIN)/python benchmarks/page.py
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA kernels for every architecture; needs nvcc, not a GPU
 	PYTHON=$(abspath $(BIN))/python csrc/cuda/compile_check.sh
@@ -45,4 +49,8 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench]"
 	touch $@

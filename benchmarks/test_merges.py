@@ -1,0 +1,115 @@
+"""Whole merges and whole training steps, each route in a process of its own (see merges.py).
+
+Peak memory is counted from what the process held when the models and samples were ready.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import merges
+import pytest
+import torch
+from harness import OURS, Bar, Route, relative_error
+
+ABOVE = "MiB above the inputs"
+
+
+class Child:
+    """One route of one case: set up by :meth:`start`, run by :meth:`run`; it saves its result after the run."""
+
+    def __init__(self, case: str, route: str, folder: Path) -> None:
+        self.path = folder / f"{route}.pt"
+        self.command = [sys.executable, merges.__file__, case, route, str(self.path)]
+        self.process: subprocess.Popen | None = None
+        self.facts: dict[str, int] = {}
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while self._line() != "ready\n":
+            pass
+
+    def run(self) -> Child:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.facts = json.loads(self._line())
+        return self
+
+    def result(self) -> dict | None:
+        """What the last run computed, once it is saved."""
+        self.process.wait()
+        return torch.load(self.path)
+
+    def memory(self) -> dict[str, float]:
+        """Of the last run, in MiB."""
+        held, peak = (self.facts[name] / 2**20 for name in ("held", "peak"))
+        return {ABOVE: peak - held, "MiB in all": peak}
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.command)} ended with status {self.process.wait()}")
+        return line
+
+
+def exact_result(case: str, folder: Path) -> dict:
+    child = Child(case, "exact", folder)
+    child.start()
+    return child.run().result()
+
+
+def routes_of(case: str, folder: Path, slow: int | None) -> dict[str, Route]:
+    """Every route but the exact one; all but ours take part in ``slow`` rounds."""
+    children = {name: Child(case, name, folder) for name in merges.CASES[case][1] if name != "exact"}
+    return {
+        name: Route(child.run, prepare=child.start, rounds=None if name == OURS else slow)
+        for name, child in children.items()
+    }
+
+
+def lot_errors(exact: dict) -> Callable[[Child], dict[str, float]]:
+    def errors(child: Child) -> dict[str, float]:
+        state = child.result()
+        return child.memory() if state is None else {"error": merges.output_error(state, exact), **child.memory()}
+
+    return errors
+
+
+@pytest.mark.parametrize("model", ["vision8", pytest.param("vit", marks=pytest.mark.long)])
+def test_lot(case, tmp_path, model):
+    name = f"lot_{model}"
+    exact = exact_result(name, tmp_path)
+    title = {"vision8": "LOT on vision8 (EfficientNet-Lite0)", "vit": "LOT of a ViT-B/32's shape"}[model]
+    case(
+        f"{title}, K = {merges.TASKS}, {merges.SAMPLES} samples a task",
+        routes_of(name, tmp_path, slow=2 if model == "vision8" else 1),
+        errors=lot_errors(exact),
+        bound=1e-3,
+        rounds=2,
+        bars=(Bar("plain torch", 4), *([Bar("plain torch", 3, of=ABOVE)] if model == "vit" else [])),
+    )
+
+
+@pytest.mark.parametrize("samples", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_step(case, tmp_path, samples):
+    name = f"step_{samples}"
+    exact = exact_result(name, tmp_path)["gradient"] if samples == 1 else None
+
+    def errors(child: Child) -> dict[str, float]:
+        state = child.result()
+        if state is None or exact is None:
+            return {"error": 0.0, **child.memory()}
+        return {"error": relative_error(state["gradient"], exact), **child.memory()}
+
+    case(
+        f"StatsMerging step, ViT-B/32's shape, K = {merges.TASKS}, {samples} sample{'s' * (samples > 1)} a task",
+        routes_of(name, tmp_path, slow=1),
+        errors=errors,
+        bound=1e-4,
+        rounds=2,
+        bars=(Bar("graph a task", 3),),
+    )

@@ -1,5 +1,5 @@
-// Compiled for every target by block_products.cpp. Sixteen sums stay in registers where the target has 32 of them,
-// eight where it has 16.
+// Compiled for every target by block_products.cpp. The sums of four rows and four vectors stay in registers where the
+// target has 32 of them, those of two rows where it has 16.
 
 constexpr int kTileRows = kRegisters >= 32 ? 4 : 2;
 
@@ -26,8 +26,10 @@ template <class Real, class T, class U>
 struct Row {
   using Common = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<U, double>, double, float>;
 
-  Row(const SourceRows& source, int64_t r)
-      : x(reinterpret_cast<const T*>(source.rows[r])), y(reinterpret_cast<const U*>(source.minus[r])) {}
+  STATSMERGE_INLINE void point_to(const SourceRows& source, int64_t r) {
+    x = reinterpret_cast<const T*>(source.rows[r]);
+    y = reinterpret_cast<const U*>(source.minus[r]);
+  }
   STATSMERGE_INLINE Vector<Real> at(int64_t i) const { return difference(x + i, y + i); }
   STATSMERGE_INLINE Vector<Real> tail(int64_t i, int64_t count) const {
     T x_part[kLanes<Real>] = {};
@@ -47,7 +49,9 @@ struct Row {
 
 template <class Real, class T>
 struct Row<Real, T, void> {
-  Row(const SourceRows& source, int64_t r) : x(reinterpret_cast<const T*>(source.rows[r])) {}
+  STATSMERGE_INLINE void point_to(const SourceRows& source, int64_t r) {
+    x = reinterpret_cast<const T*>(source.rows[r]);
+  }
   STATSMERGE_INLINE Vector<Real> at(int64_t i) const { return load_widened<Real, kLanes<Real>>(x + i); }
   STATSMERGE_INLINE Vector<Real> tail(int64_t i, int64_t count) const {
     T part[kLanes<Real>] = {};
@@ -78,8 +82,8 @@ template <class Real, class T, class U>
 void widened(const SourceRows& source, int64_t n, const Real* v, int64_t stride, Real* tile, Real* y) {
   constexpr int64_t lanes = kLanes<Real>;
   for (int64_t first = 0; first < kBlock; first += kTileRows) {
-    const Row<Real, T, U> rows[4] = {{source, first}, {source, first + 1}, {source, (first + 2) % kBlock},
-                                     {source, (first + 3) % kBlock}};
+    Row<Real, T, U> rows[kTileRows];
+    for (int64_t r = 0; r < kTileRows; ++r) rows[r].point_to(source, first + r);
     Real* out = tile + first * stride;
     Vector<Real> sums[kTileRows * kBlock] = {};
     Vector<Real> x[kTileRows];

@@ -177,10 +177,10 @@ class Lanczos {
   // The next look at the Ritz values: a little before the pass that the trend of the last two promises to be enough.
   void schedule(int64_t passes, double excess) {
     const double rate = std::log(last_excess_ / excess) / static_cast<double>(passes - last_check_);
-    const double left = rate > 0 ? 0.75 * std::log(excess) / rate : kInfinity;
+    const double left = rate > 0 ? 0.6 * std::log(excess) / rate : kInfinity;
     last_excess_ = excess;
     last_check_ = passes;
-    next_check_ = passes + static_cast<int64_t>(std::clamp(left, 1.0, 1 + static_cast<double>(passes) / 3));
+    next_check_ = passes + static_cast<int64_t>(std::clamp(left, 1.0, 1 + static_cast<double>(passes) / 4));
   }
 
   Rows ritz_vectors(int64_t count) const {

@@ -1,7 +1,6 @@
 // topk_svd and weight_statistics on the CPU. Thin or small matrices are decomposed directly, others by block Lanczos.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <numeric>
 
 #include "common/tensors.h"
@@ -30,8 +29,9 @@ class Matrix {
   const Operand& view() const { return view_; }
 
   Svd decompose(const SvdSettings& settings, Moments* moments = nullptr) const {
-    const bool dense = std::min(view_.rows, view_.columns) <= kDenseSide && view_.rows * view_.columns <= kDenseElements;
-    Svd out = dense ? dense_svd(view_, settings, moments) : lanczos_svd(view_, settings, moments);
+    const int64_t side = std::min(view_.rows, view_.columns);
+    const bool direct = side <= kDenseSide && view_.rows * view_.columns <= kDenseElements;
+    Svd out = direct ? dense_svd(view_, settings, moments) : lanczos_svd(view_, settings, moments);
     if (transposed_) std::swap(out.u, out.v);
     return out;
   }

@@ -51,7 +51,8 @@ def topk_svd(
         mats: [B, m, n], or a list of 2-D tensors of any shapes; float64, float32, bfloat16 or float16, read in that
             type.
         k: from 1 to the smallest dimension of any matrix.
-        minus: as mats; the matrices are then mats − minus, which are never formed.
+        minus: as mats; the matrices are then mats − minus. On the CPU small differences are formed while their matrix
+            is at work, and large ones never.
         tol: relative accuracy of the singular values, between 0 and 1: a matrix is done when `residual` ≤ tol · S.
         max_passes: gives up after reading a matrix so often (`residual` tells how far it came); None: 1000.
         vectors: whether to compute U and Vh.

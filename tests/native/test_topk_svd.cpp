@@ -114,7 +114,8 @@ NATIVE_TEST(singular_values_lie_within_their_bounds) {
     for (Storage storage : {Storage::f64, Storage::f32}) {
       for (double decay : {0.0, 1.0, 3.0}) {
         auto values = normal(rows * columns, 7);
-        for (int64_t i = 0; i < rows * columns; ++i) values[i] *= std::pow(1.0 + static_cast<double>(i % columns), -decay);
+        for (int64_t i = 0; i < rows * columns; ++i)
+          values[i] *= std::pow(1.0 + static_cast<double>(i % columns), -decay);
         const Stored a(rows, columns, storage, values);
         const auto squares = squared_values(a.exact, rows, columns);
         const int64_t k = 4;
@@ -139,6 +140,26 @@ NATIVE_TEST(singular_values_lie_within_their_bounds) {
         }
       }
     }
+  }
+}
+
+NATIVE_TEST(differences_are_decomposed_as_their_matrix_would_be) {
+  const int64_t rows = 71, columns = 55;
+  const SvdSettings settings{3, 1e-3, 100, true, 5};
+  for (Storage storage : {Storage::f32, Storage::bf16, Storage::f16}) {
+    const Stored a(rows, columns, storage, normal(rows * columns, 1));
+    const Stored b(rows, columns, Storage::f32, normal(rows * columns, 2));
+    std::vector<double> difference = a.exact;
+    for (size_t i = 0; i < difference.size(); ++i) difference[i] -= b.exact[i];
+    Operand view = operand(a, rows, columns);
+    view.minus = b.bytes.data();
+    view.minus_stride = b.stride;
+    const Stored formed(rows, columns, Storage::f32, difference);
+    Moments ours, expected;
+    const Svd svd = statsmerge::lanczos_svd(view, settings, &ours);
+    const Svd same = statsmerge::lanczos_svd(operand(formed, rows, columns), settings, &expected);
+    CHECK(svd.s == same.s && svd.bound == same.bound && svd.v.length == columns && svd.u.length == rows);
+    CHECK(ours.mean() == expected.mean() && ours.variance() == expected.variance());
   }
 }
 

@@ -3,11 +3,17 @@
 
 constexpr int kTileRows = kRegisters >= 32 ? 4 : 2;
 
+// The lane of the pair (a, b) that comes `offset` after the first of the two that fold adds up for lane i.
+template <class Real, int Distance>
+constexpr int folded_lane(int i, int offset) {
+  return i / Distance % 2 * kLanes<Real> + i - i % (2 * Distance) + i % Distance + offset;
+}
+
+// Sums of lanes a Distance apart: a's in the even groups of that many lanes, b's in the odd ones.
 template <class Real, int Distance, int... I>
 STATSMERGE_INLINE Vector<Real> fold(Vector<Real> a, Vector<Real> b, std::integer_sequence<int, I...>) {
-  constexpr int lanes = kLanes<Real>;
-  return __builtin_shufflevector(a, b, (I / Distance % 2 * lanes + I - I % (2 * Distance) + I % Distance)...) +
-         __builtin_shufflevector(a, b, (I / Distance % 2 * lanes + I - I % (2 * Distance) + I % Distance + Distance)...);
+  return __builtin_shufflevector(a, b, folded_lane<Real, Distance>(I, 0)...) +
+         __builtin_shufflevector(a, b, folded_lane<Real, Distance>(I, Distance)...);
 }
 
 // Lane i becomes the sum of all lanes of v[i], once Distance has grown to half the lanes.

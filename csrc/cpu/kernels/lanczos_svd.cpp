@@ -19,6 +19,10 @@ constexpr double kFloatEps = std::numeric_limits<float>::epsilon();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kBasis = 96;  // Lanczos vectors kept between restarts, unless k needs more
 
+// Differences of matrices with up to so many elements are formed, one matrix at a time: that reads two matrices once
+// instead of at every pass.
+constexpr int64_t kFormed = 1 << 22;
+
 class Lanczos {
  public:
   Lanczos(Operand a, const SvdSettings& settings)
@@ -74,8 +78,11 @@ class Lanczos {
 
   // The images of the pending block.
   void multiply_pending(Moments* moments) {
-    single_ ? float_products_.normal(basis_[filled_], pending_, image_, moments)
-            : double_products_.normal(basis_[filled_], pending_, image_, moments);
+    if (single_) {
+      float_products_.normal(basis_[filled_], pending_, image_, moments);
+    } else {
+      double_products_.normal(basis_[filled_], pending_, image_, moments);
+    }
   }
 
   // Values that are not finite, and those whose squares are out of range, show in the first images.
@@ -146,7 +153,7 @@ class Lanczos {
 
   // Singular values and bounds from the Ritz pairs. With r the residual of the singular pair, a singular value lies
   // within r of σ, and within r²/gap if no other is nearer than gap (Kato and Temple); the neighbours' own residuals
-  // are taken off the gap.
+  // are taken off the gap. The rounding error of the products is a part of every residual.
   Progress estimate(Svd& out) {
     const int64_t count = std::min(k_ + 1, filled_);
     const double theta_max = std::max(ritz_.values[0], 0.0);
@@ -253,7 +260,12 @@ class Lanczos {
 }  // namespace
 
 Svd lanczos_svd(Operand a, const SvdSettings& settings, Moments* moments) {
-  return Lanczos(a, settings).run(moments);
+  AlignedVector<float> difference;
+  const bool form = a.minus && !a.is_double() && a.rows * a.columns <= kFormed;
+  if (form) form_difference(a, difference);
+  Svd out = Lanczos(a, settings).run(moments);
+  out.passes += form;
+  return out;
 }
 
 }  // namespace statsmerge

@@ -71,6 +71,20 @@ void read_rows(const Operand& a, int64_t first, int64_t last, const std::functio
   }
 }
 
+void form_difference(Operand& a, AlignedVector<float>& out) {
+  const int64_t stride = padded(a.columns), blocks = (a.rows + kBlock - 1) / kBlock;
+  const AlignedVector<float> zeros(static_cast<size_t>(kBlock * stride), 0.0f);
+  out.resize(static_cast<size_t>(blocks * kBlock * stride));
+  parallel_for(0, blocks, std::max<int64_t>(kPartElements / (kBlock * stride), 1), [&](int64_t begin, int64_t end) {
+    float unused[kBlock * kBlock];
+    for (int64_t b = begin; b < end; ++b) {
+      BlockProducts<float>::widened(source_rows(a, b * kBlock), a.columns, zeros.data(), stride,
+                                    out.data() + b * kBlock * stride, unused);
+    }
+  });
+  a = {a.rows, a.columns, reinterpret_cast<const char*>(out.data()), Storage::f32, stride};
+}
+
 void inspect(Operand& a) {
   a.scale = 1;
   std::vector<double> largest(static_cast<size_t>(parts_of(a)), 0.0);
@@ -165,7 +179,8 @@ Rows product(const Operand& a, const Rows& v, int64_t count) {
           BlockProducts<double>::products(tile.data(), v[c], v.stride, products);
         }
         for (int64_t i = 0; i < std::min(kBlock, last - r); ++i) {
-          for (int64_t j = 0; j < std::min(kBlock, count - c); ++j) y[c + j][r + i] = products[kBlock * i + j] * a.scale;
+          for (int64_t j = 0; j < std::min(kBlock, count - c); ++j)
+            y[c + j][r + i] = products[kBlock * i + j] * a.scale;
         }
       }
     }

@@ -42,6 +42,10 @@ struct Operand {
   bool is_double() const { return storage == Storage::f64 || (minus && minus_storage == Storage::f64); }
 };
 
+// Forms the differences in `out`, a matrix of float, and has the operand refer to it. For an operand with something to
+// subtract that is not float64.
+void form_difference(Operand& a, AlignedVector<float>& out);
+
 struct NotFinite {};
 
 // Reads everything once. Throws NotFinite where a value isn't, and chooses a scale that brings extreme values within

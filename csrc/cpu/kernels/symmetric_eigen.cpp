@@ -31,14 +31,15 @@ Eigen symmetric_eigen(const std::vector<double>& a, int64_t n, int64_t first) {
   const auto padded = [&](int64_t length) { return (length + kernels.lanes - 1) / kernels.lanes * kernels.lanes; };
   double largest = 0;
   for (double x : a) largest = std::max(largest, std::abs(x));
-  const double scale = largest > 0 ? largest : 1;  // keeps squares of entries within range
+  const int exponent = largest > 0 ? std::max(std::ilogb(largest), -1000) : 0;
+  const double scale = std::ldexp(1.0, -exponent);  // keeps squares of entries within range
 
   const int64_t stride = padded(n), count = n - first, width = padded(count);
   std::vector<double> work(static_cast<size_t>(n * stride), 0.0), z(static_cast<size_t>(n * width), 0.0);
   std::vector<double> d(static_cast<size_t>(n)), e(static_cast<size_t>(n)), beta(static_cast<size_t>(n));
   std::vector<double> row(static_cast<size_t>(stride), 0.0);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) work[i * stride + j] = a[i * n + j] / scale;
+    for (int64_t j = 0; j < n; ++j) work[i * stride + j] = a[i * n + j] * scale;
   }
   kernels.tridiagonalize(work.data(), n, stride, d.data(), e.data(), beta.data(), row.data());
   for (int64_t i = 0; i < count; ++i) {  // row j of z holds the components of column j of Q
@@ -55,7 +56,7 @@ Eigen symmetric_eigen(const std::vector<double>& a, int64_t n, int64_t first) {
   std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return d[i] > d[j]; });
   Eigen out{std::vector<double>(static_cast<size_t>(n)), std::vector<double>(static_cast<size_t>(n * count))};
   for (int64_t i = 0; i < n; ++i) {
-    out.values[i] = d[order[i]] * scale;
+    out.values[i] = d[order[i]] / scale;
     std::copy_n(z.data() + order[i] * width, count, out.vectors.data() + i * count);
   }
   return out;

@@ -187,7 +187,8 @@ class Lanczos {
     const double left = rate > 0 ? 0.6 * std::log(excess) / rate : kInfinity;
     last_excess_ = excess;
     last_check_ = passes;
-    next_check_ = passes + static_cast<int64_t>(std::clamp(left, 1.0, 1 + static_cast<double>(passes) / 4));
+    const double most = std::min(4.0, 1 + static_cast<double>(passes) / 4);
+    next_check_ = passes + static_cast<int64_t>(std::clamp(left, 1.0, most));
   }
 
   Rows ritz_vectors(int64_t count) const {

@@ -9,8 +9,8 @@
 namespace statsmerge {
 namespace {
 
-constexpr int64_t kPartElements = 1 << 20;  // what a thread takes at a time
-constexpr int64_t kPartRows = 2048;         // sums over more rows would lose accuracy in float
+constexpr int64_t kPartElements = 768 * 384;  // what a thread takes at a time: half of a common weight matrix
+constexpr int64_t kPartRows = 2048;           // sums over more rows would lose accuracy in float
 
 int64_t parts_of(const Operand& a) {
   const int64_t parts = std::max(std::min<int64_t>(a.rows * a.columns / kPartElements, 16), a.rows / kPartRows);

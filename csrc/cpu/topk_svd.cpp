@@ -1,59 +1,81 @@
 // topk_svd and weight_statistics on the CPU. Thin or small matrices are decomposed directly, others by block Lanczos.
 #include <algorithm>
-#include <cmath>
+#include <atomic>
+#include <numeric>
 
-#include "cpu/operand.h"
-#include "cpu/svd.h"
-#include "cpu/kernels/vector_ops.h"
+#include "common/tensors.h"
+#include "cpu/kernels/svd.h"
 
 namespace statsmerge {
 namespace {
 
 constexpr int64_t kDenseSide = 32;           // matrices with at most this many rows or columns are decomposed directly
 constexpr int64_t kDenseElements = 1 << 19;  // ... unless they are long
+constexpr int64_t kLarge = 1 << 22;          // elements from which on the threads share one matrix
 
-struct Settings {
-  int64_t k;
-  double tol;
-  int64_t max_passes;
-  bool vectors;
-  uint64_t seed;
+// A matrix as the kernels see it: a column-major tensor as its transpose.
+class Matrix {
+ public:
+  Matrix(const Tensor& mat, const Tensor* minus)
+      : transposed_(mat.stride(0) == 1 && mat.stride(1) != 1), mat_(with_rows(mat)) {
+    view_ = {mat_.sizes()[0], mat_.sizes()[1], bytes(mat_), storage_of(mat_, "mats"), mat_.stride(0)};
+    if (!minus) return;
+    minus_ = with_rows(*minus);
+    view_.minus = bytes(*minus_);
+    view_.minus_storage = storage_of(*minus_, "minus");
+    view_.minus_stride = minus_->stride(0);
+  }
+
+  const Operand& view() const { return view_; }
+
+  Svd decompose(const SvdSettings& settings, Moments* moments = nullptr) const {
+    const int64_t side = std::min(view_.rows, view_.columns);
+    const bool direct = side <= kDenseSide && view_.rows * view_.columns <= kDenseElements;
+    Svd out = direct ? dense_svd(view_, settings, moments) : lanczos_svd(view_, settings, moments);
+    if (transposed_) std::swap(out.u, out.v);
+    return out;
+  }
+
+ private:
+  Tensor with_rows(const Tensor& x) const {
+    const Tensor oriented = transposed_ ? aten::transpose(x) : x;
+    return oriented.stride(1) == 1 ? oriented : dense(oriented);
+  }
+
+  bool transposed_;
+  Tensor mat_;
+  std::optional<Tensor> minus_;
+  Operand view_;
 };
 
-Svd decompose(const Operand& a, const Settings& settings) {
-  const int64_t k = std::min(settings.k, std::min(a.rows, a.columns));
-  Svd out;
-  if (k > 0) {
-    const bool dense = std::min(a.rows, a.columns) <= kDenseSide && a.rows * a.columns <= kDenseElements;
-    out = dense ? dense_svd(a, k, settings.vectors, settings.seed)
-                : lanczos_svd(a, k, settings.tol, settings.max_passes, settings.vectors, settings.seed);
-  }
-  ++out.passes;  // the inspection
-  for (double& s : out.s) s /= a.scale();
-  for (double& b : out.bound) b /= a.scale();
-  if (a.transposed()) std::swap(out.u, out.v);
-  return out;
-}
-
-// Calls f(index, operand) for every matrix: large ones one after another with all threads, then small ones in parallel.
+// Calls f(index, matrix) for every matrix: large ones one after another with all threads, then the others, each on one
+// thread, the largest first so that the threads finish together.
 template <class F>
 void for_each_matrix(const TensorList& mats, const TensorList& minus, const F& f) {
-  std::vector<int64_t> small;
+  std::vector<char> finite(mats.size(), 1);
   const auto one = [&](int64_t i) {
-    Operand a(mats[i], minus.empty() ? nullptr : &minus[i]);
-    a.inspect(i);
-    f(i, a);
-  };
-  for (size_t i = 0; i < mats.size(); ++i) {
-    if (mats[i].numel() < kShared) {
-      small.push_back(static_cast<int64_t>(i));
-    } else {
-      one(static_cast<int64_t>(i));
+    try {
+      f(i, Matrix(mats[i], minus.empty() ? nullptr : &minus[i]));
+    } catch (const NotFinite&) {
+      finite[i] = 0;
     }
+  };
+  std::vector<int64_t> order(mats.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return mats[i].numel() > mats[j].numel(); });
+  size_t shared = 0;
+  while (shared < order.size() && (mats[order[shared]].numel() >= kLarge || shared + 1 == order.size())) {
+    one(order[shared++]);
   }
-  parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) one(small[i]);
+  const int64_t left = static_cast<int64_t>(order.size() - shared);
+  std::atomic<int64_t> next{0};
+  parallel_for(0, left, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < left; i = next++) one(order[shared + static_cast<size_t>(i)]);
   });
+  for (size_t i = 0; i < mats.size(); ++i) {
+    const int64_t index = static_cast<int64_t>(i);
+    check(finite[i], indexed("mats", index), minus.empty() ? "" : indexed(" - minus", index), " contains NaN or Inf");
+  }
 }
 
 template <class T>
@@ -66,7 +88,7 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> topk_svd(Tens
                                                                             int64_t k, double tol, int64_t max_passes,
                                                                             bool vectors, int64_t seed) {
   check(!mats.empty(), "mats: expected at least one matrix");
-  const Settings settings{k, tol, max_passes, vectors, static_cast<uint64_t>(seed)};
+  const SvdSettings settings{k, tol, max_passes, vectors, static_cast<uint64_t>(seed)};
   TensorList s, u, vh, residual;
   Tensor passes = new_empty(mats[0], {static_cast<int64_t>(mats.size())}, ScalarType::Long);
   const auto type_of = [](const Tensor& mat) {
@@ -79,17 +101,18 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> topk_svd(Tens
     u.push_back(new_empty(mat, {mat.sizes()[0], kept}, type_of(mat)));
     vh.push_back(new_empty(mat, {kept, mat.sizes()[1]}, type_of(mat)));
   }
-  for_each_matrix(mats, minus, [&](int64_t i, const Operand& a) {
-    const Svd svd = decompose(a, settings);
+  for_each_matrix(mats, minus, [&](int64_t i, const Matrix& a) {
+    const Svd svd = a.decompose(settings);
     const auto write = [&](auto zero) {
       using T = decltype(zero);
       store<T>(svd.s, k, s[i]);
       store<T>(svd.bound, k, residual[i]);
       if (!vectors) return;
-      store<T>(svd.v.values, k * svd.v.length, vh[i]);
-      T* out = static_cast<T*>(u[i].mutable_data_ptr());
-      for (int64_t r = 0; r < svd.u.length; ++r) {
-        for (int64_t c = 0; c < k; ++c) out[r * k + c] = static_cast<T>(svd.u[c][r]);
+      T* u_out = static_cast<T*>(u[i].mutable_data_ptr());
+      T* vh_out = static_cast<T*>(vh[i].mutable_data_ptr());
+      for (int64_t c = 0; c < k; ++c) {
+        for (int64_t r = 0; r < svd.u.length; ++r) u_out[r * k + c] = static_cast<T>(svd.u[c][r]);
+        for (int64_t r = 0; r < svd.v.length; ++r) vh_out[c * svd.v.length + r] = static_cast<T>(svd.v[c][r]);
       }
     };
     s[i].scalar_type() == ScalarType::Double ? write(0.0) : write(0.0f);
@@ -98,47 +121,28 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> topk_svd(Tens
   return {s, u, vh, residual, passes};
 }
 
-// Mean, biased variance and L2 norm. Deviations are taken from the first element, so that a constant has variance 0
-// exactly.
-void moments(const Operand& a, double* out) {
-  const double count = static_cast<double>(a.rows * a.columns);
-  std::vector<double> first_row(static_cast<size_t>(a.columns)), sums(static_cast<size_t>(3 * a.parts()), 0.0);
-  a.load_row(0, first_row.data());
-  const double origin = first_row[0];
-  a.for_parts([&](int64_t part, int64_t first, int64_t last) {
-    std::vector<double> row(static_cast<size_t>(a.columns)), ones(static_cast<size_t>(a.columns), 1.0);
-    for (int64_t i = first; i < last; ++i) {
-      a.load_row(i, row.data());
-      sums[3 * part + 2] += dot(row.data(), row.data(), a.columns);
-      axpy(-origin, ones.data(), row.data(), a.columns);
-      sums[3 * part] += dot(row.data(), ones.data(), a.columns);
-      sums[3 * part + 1] += dot(row.data(), row.data(), a.columns);
-    }
-  });
-  double deviation = 0, squares = 0, norm = 0;
-  for (int64_t p = 0; p < a.parts(); ++p) {
-    deviation += sums[3 * p];
-    squares += sums[3 * p + 1];
-    norm += sums[3 * p + 2];
-  }
-  const double shift = deviation / count;
-  out[0] = (origin + shift) / a.scale();
-  out[1] = std::max(0.0, squares / count - shift * shift) / a.scale() / a.scale();
-  out[2] = std::sqrt(norm) / a.scale();
-}
-
 Tensor weight_statistics(TensorList mats, TensorList minus, int64_t r, double tol, int64_t max_passes, int64_t seed) {
   check(!mats.empty(), "mats: expected at least one tensor");
   Tensor out = new_empty(mats[0], {static_cast<int64_t>(mats.size()), 3 + r}, ScalarType::Double);
   double* table = static_cast<double*>(out.mutable_data_ptr());
   std::fill(table, table + mats.size() * static_cast<size_t>(3 + r), 0.0);
-  const Settings settings{r, tol, max_passes, false, static_cast<uint64_t>(seed)};
-  for_each_matrix(mats, minus, [&](int64_t i, const Operand& a) {
-    if (a.rows * a.columns == 0) return;
+  for_each_matrix(mats, minus, [&](int64_t i, const Matrix& a) {
+    const int64_t side = std::min(a.view().rows, a.view().columns);
+    if (side == 0) return;
     double* row = table + i * (3 + r);
-    moments(a, row);
-    const Svd svd = decompose(a, settings);
-    std::copy(svd.s.begin(), svd.s.end(), row + 3);
+    Moments moments;
+    if (r > 0) {
+      const Svd svd =
+          a.decompose({std::min(r, side), tol, max_passes, false, static_cast<uint64_t>(seed)}, &moments);
+      std::copy(svd.s.begin(), svd.s.end(), row + 3);
+    } else {
+      Operand view = a.view();
+      inspect(view);
+      moments = statsmerge::moments(view);
+    }
+    row[0] = moments.mean();
+    row[1] = moments.variance();
+    row[2] = moments.norm();
   });
   return out;
 }

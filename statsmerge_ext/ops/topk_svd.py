@@ -39,8 +39,10 @@ def topk_svd(
 ) -> TopKSVD:
     """The k leading singular values, and vectors, of many matrices.
 
-    Block Lanczos on AᵀA in float64 with full reorthogonalisation and thick restarts; a matrix of at most 32 rows or
-    columns is decomposed directly. Results depend on neither the number of threads nor the other matrices of the call.
+    Block Lanczos on AᵀA with full reorthogonalisation and thick restarts. Products with the matrix are computed in
+    float32 while their rounding errors, which the residual includes, stay below the tolerance, and in float64 from
+    there on and for float64 matrices; all else is float64. A matrix of at most 32 rows or columns is decomposed
+    directly. Results depend on neither the number of threads nor the other matrices of the call.
 
     Singular values below about 1e-6 of the largest are found to that absolute accuracy only, and those lost in
     float64's rounding error come out as 0.
@@ -49,7 +51,8 @@ def topk_svd(
         mats: [B, m, n], or a list of 2-D tensors of any shapes; float64, float32, bfloat16 or float16, read in that
             type.
         k: from 1 to the smallest dimension of any matrix.
-        minus: as mats; the matrices are then mats − minus, which are never formed.
+        minus: as mats; the matrices are then mats − minus. On the CPU small differences are formed while their matrix
+            is at work, and large ones never.
         tol: relative accuracy of the singular values, between 0 and 1: a matrix is done when `residual` ≤ tol · S.
         max_passes: gives up after reading a matrix so often (`residual` tells how far it came); None: 1000.
         vectors: whether to compute U and Vh.

@@ -9,11 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from statsmerge_ext import _C
 from statsmerge_ext.ops import topk_svd, weight_statistics
 from statsmerge_ext.ops.topk_svd import topk_svd_reference, weight_statistics_reference
 
 SHAPES = [(1, 1), (1, 50), (50, 1), (7, 300), (300, 7), (40, 40), (64, 200), (200, 64), (150, 150)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def with_target():
+    """Calls a function with a given instruction set."""
+    before = _C.cpu_target()
+    yield lambda target, function: (_C.set_cpu_target(target), function())[1]
+    _C.set_cpu_target(before)
 
 
 def with_spectrum(m: int, n: int, values: Tensor) -> Tensor:
@@ -151,7 +160,7 @@ def test_results_do_not_depend_on_the_other_matrices():
     assert all(torch.equal(s, topk_svd([mat], 2).S[0]) for s, mat in zip(together, mats))
 
 
-@pytest.mark.parametrize("shape", [(60, 80), (700, 600)])
+@pytest.mark.parametrize("shape", [(60, 80), (900, 800)])
 def test_does_not_depend_on_threads(shape, with_threads):
     mats = [torch.randn(shape) for _ in range(3)]
     one, two = (with_threads(n, lambda: topk_svd(mats, 3, vectors=True, seed=7)) for n in (1, 2))
@@ -197,6 +206,104 @@ def test_any_shape(m, n, k, dtype, decay, seed):
     k = min(k, m, n)
     result = topk_svd([mat], k)
     check_values(result.S[0], result.residual[0], mat, tol=1e-3)
+
+
+SPECTRA = {
+    "gaussian": None,
+    "power": lambda n: torch.arange(1, n + 1, dtype=torch.float64) ** -1.0,
+    "clustered": lambda n: torch.cat([3 - 1e-4 * torch.arange(3.0), torch.linspace(2.5, 0, n - 3)]),
+    "repeated": lambda n: torch.cat([torch.full((3,), 2.0), torch.linspace(1.5, 0.1, n - 3)]),
+    "low rank": lambda n: torch.tensor([5.0, 3.0, 1e-2]),
+    "graded": lambda n: torch.logspace(0, -8, n),
+}
+VIEWS = [
+    lambda x: x,
+    lambda x: x.T.contiguous().T,
+    lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    lambda x: x.repeat_interleave(2, 1)[:, ::2],
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(33, 130),
+    st.integers(33, 130),
+    st.integers(1, 5),
+    st.sampled_from(sorted(SPECTRA)),
+    st.sampled_from(DTYPES),
+    st.sampled_from([None, torch.float32, torch.bfloat16]),
+    st.sampled_from(VIEWS),
+    st.sampled_from([1e-2, 1e-3, 1e-5]),
+    st.sampled_from([1e-18, 1e-3, 1.0, 1e18]),
+    st.integers(0, 2**31),
+)
+def test_the_bound_is_a_bound(m, n, k, spectrum, dtype, minus_dtype, view, tol, scale, seed):
+    torch.manual_seed(seed)
+    values = SPECTRA[spectrum]
+    mat = torch.randn(m, n, dtype=torch.float64) if values is None else with_spectrum(m, n, values(min(m, n)))
+    if dtype != torch.float16 and minus_dtype is None:
+        mat = scale * mat
+    mat = view(mat.to(dtype))
+    minus = None if minus_dtype is None else view(torch.randn(m, n).to(minus_dtype))
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    operand = mat if minus is None else mat.to(out) - minus.to(out)
+    result = topk_svd([mat], k, tol=tol, minus=None if minus is None else [minus], seed=seed)
+    s, residual = result.S[0].double(), result.residual[0].double()
+    exact = torch.linalg.svdvals(operand.double())
+    rounding = torch.finfo(out).eps * exact[0]
+    assert bool(((s - exact[:k]).abs() <= residual + rounding).all()), (s, exact[:k], residual)
+    # what lies below 1e-6 of the largest is only found to that absolute accuracy
+    assert bool((residual <= tol * s + 2e-6 * exact[0]).all()), (s, residual)
+
+
+@pytest.mark.parametrize("target", _C.build_info()["cpu_targets"])
+@pytest.mark.parametrize("shape", [(20, 40), (90, 77), (77, 301)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(target, shape, dtype, with_target):
+    mat, minus = torch.randn(shape).to(dtype), torch.randn(shape).bfloat16()
+    result = with_target(target, lambda: topk_svd([mat], 3, minus=[minus], vectors=True))
+    operand = mat.to(result.S[0].dtype) - minus.to(result.S[0].dtype)
+    check_values(result.S[0], result.residual[0], operand, tol=1e-3)
+    torch.testing.assert_close(result.U[0].T @ result.U[0], torch.eye(3, dtype=operand.dtype), rtol=0, atol=1e-5)
+
+
+def test_small_singular_values_are_computed_in_double():
+    """Squared, they'd be lost in float32's rounding errors; the tolerance holds all the same."""
+    mat = with_spectrum(200, 150, torch.logspace(0, -4, 20)).float()
+    result = topk_svd([mat], 12, tol=1e-4)
+    check_values(result.S[0], result.residual[0], mat, tol=1e-4)
+    assert bool((result.residual[0] <= 1e-4 * result.S[0] + 1e-7).all())
+
+
+def test_scales_of_single_elements():
+    """The largest element decides, wherever it is; the others may vanish beside it."""
+    for big, at in ((1e30, (0, 0)), (1e25, (69, 54)), (1e38, (40, 2))):
+        mat = torch.randn(70, 55)
+        mat[at] = big
+        assert topk_svd([mat], 1).S[0].item() == pytest.approx(big, rel=1e-6)
+    tiny = torch.randn(70, 55) * 1e-44
+    exact = torch.linalg.svdvals(tiny.double() * 1e40) / 1e40
+    assert topk_svd([tiny], 2).S[0].double().tolist() == pytest.approx(exact[:2].tolist(), rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.0, 1.0, 1e3]),
+    st.sampled_from([0.0, 1e-2, 1.0]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_statistics_of_any_shape(m, n, dtype, mean, spread, transposed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mat = (mean + spread * torch.randn(m, n, generator=generator)).to(dtype)
+    mat = mat.T if transposed else mat
+    ours, exact = weight_statistics([mat])[0], weight_statistics_reference([mat])[0]
+    torch.testing.assert_close(ours[[0, 2]], exact[[0, 2]], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours[1], exact[1], rtol=1e-9, atol=1e-18)
+    torch.testing.assert_close(ours[3:], exact[3:], rtol=1e-3, atol=2e-6 * exact[3].item())
 
 
 NAN = torch.full((3, 3), torch.nan)

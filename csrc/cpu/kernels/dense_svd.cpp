@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/orthonormalize.h"
-#include "cpu/svd.h"
+#include "cpu/kernels/orthonormalize.h"
+#include "cpu/kernels/svd.h"
 #include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
@@ -15,15 +15,15 @@ constexpr double kEps = std::numeric_limits<double>::epsilon();
 
 }  // namespace
 
-Svd dense_svd(const Operand& a, int64_t k, bool vectors, uint64_t seed) {
+Svd dense_svd(Operand a, const SvdSettings& settings, Moments* moments) {
+  const int64_t k = settings.k, side = std::min(a.rows, a.columns), length = std::max(a.rows, a.columns);
   const bool wide = a.rows <= a.columns;
-  const int64_t side = std::min(a.rows, a.columns), length = std::max(a.rows, a.columns);
+  inspect(a);
+  if (moments) *moments = statsmerge::moments(a);
   Rows g(side, length), rotation(side, side);
-  std::vector<double> row(static_cast<size_t>(a.columns));
-  for (int64_t i = 0; i < a.rows; ++i) {
-    a.load_row(i, row.data());
+  read_rows(a, 0, a.rows, [&](int64_t i, const double* row) {
     for (int64_t j = 0; j < a.columns; ++j) (wide ? g[i][j] : g[j][i]) = row[j];
-  }
+  });
   for (int64_t i = 0; i < side; ++i) rotation[i][i] = 1;
   bool rotated = true;
   for (int sweep = 0; sweep < 60 && rotated; ++sweep) {
@@ -46,17 +46,17 @@ Svd dense_svd(const Operand& a, int64_t k, bool vectors, uint64_t seed) {
   std::sort(order.begin(), order.end());
   const double largest = -order[0].first;
   Svd out;
-  out.passes = 1;
+  out.passes = 2;  // the inspection is one
   Rows shorter(k, side), longer(k, length);
-  Random random(seed);
+  Random random(settings.seed);
   for (int64_t i = 0; i < k; ++i) {
     const double sigma = -order[i].first;
-    out.s.push_back(sigma > kEps * length * largest ? sigma : 0.0);
-    out.bound.push_back(kEps * length * largest);
-    if (!vectors) continue;
+    out.s.push_back(sigma > kEps * length * largest ? sigma / a.scale : 0.0);
+    out.bound.push_back(kEps * length * largest / a.scale);
+    if (!settings.vectors) continue;
     std::copy_n(rotation[order[i].second], side, shorter[i]);
     std::copy_n(g[order[i].second], length, longer[i]);
-    orthonormalize(longer, i, kEps * length * largest, random, longer[i]);
+    orthonormalize(longer, 0, i, kEps * length * largest, random, longer[i]);
   }
   out.u = std::move(wide ? shorter : longer);
   out.v = std::move(wide ? longer : shorter);

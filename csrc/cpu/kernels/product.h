@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/convert.h"
+#include "cpu/kernels/patches.h"
 
 namespace statsmerge {
 
@@ -21,5 +22,11 @@ struct MatrixView {
 template <class Acc>
 void accumulate_product(Acc alpha, const MatrixView& a, const MatrixView& b, const Acc* weight, Acc* c,
                         int64_t c_row_stride, int64_t c_column_stride, bool lower);
+
+// The lower triangle of c += xᵀ diag(weight) x, where x [n, p] are the patches of one group. They are formed panel by
+// panel, never as a matrix.
+template <class Acc>
+void accumulate_patches_product(const Patches& patches, int64_t group, const Acc* weight, Acc* c, int64_t c_row_stride,
+                                int64_t c_column_stride);
 
 }  // namespace statsmerge

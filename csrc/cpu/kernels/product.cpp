@@ -1,12 +1,10 @@
 #include "cpu/kernels/product.h"
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
-#include <new>
 #include <vector>
 
-#include "common/parallel.h"
+#include "cpu/kernels/aligned.h"
+#include "cpu/kernels/tasks.h"
 
 namespace statsmerge {
 namespace {
@@ -42,32 +40,14 @@ struct ProductKernels {
 namespace statsmerge {
 namespace {
 
-constexpr int64_t kDepth = 256;            // packed rows multiplied at a time: a panel of them stays in near caches
+// Packed rows multiplied at a time: a panel of them stays in near caches. Pairs are added with a rounding of the
+// processor's own, which shows in longer sums.
+template <class P>
+constexpr int64_t kDepth = std::is_same_v<P, bf16_pair> ? 128 : 256;
 constexpr int64_t kPackedBytes = 6 << 20;  // packed at a time, to stay in the last-level cache
 constexpr int64_t kFewTasks = 16;          // fewer than this leave threads idle: rows are divided instead
 constexpr int64_t kSliceRows = 1024;       // the least rows of a slice
 constexpr int64_t kSlices = 16;            // the most slices
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
-template <class T>
-std::unique_ptr<T[], AlignedDelete> aligned_array(int64_t count) {
-  return std::unique_ptr<T[], AlignedDelete>(
-      static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64})));
-}
-
-// Calls f(task) for every task in [0, count), each thread taking the next one that is left.
-template <class F>
-void parallel_tasks(int64_t count, const F& f) {
-  std::atomic<int64_t> next{0};
-  parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(task);
-  });
-}
 
 // The operands of a product, as they are packed.
 struct PatchesOfGroup {
@@ -140,27 +120,27 @@ class Product {
     constexpr int64_t step = kRowsOf<P>;
     const int64_t panels = one_copy_ ? row_panels_ : row_panels_ + column_panels_;
     const int64_t row_bytes = panels * kernels_.panel * static_cast<int64_t>(sizeof(P));
-    const int64_t chunk = std::min(std::max(kPackedBytes / row_bytes / kDepth, int64_t{1}) * kDepth,
+    const int64_t chunk = std::min(std::max(kPackedBytes / row_bytes / kDepth<P>, int64_t{1}) * kDepth<P>,
                                    divide_up(last - first, step));
     const auto packed = aligned_array<P>(panels * chunk * kernels_.panel);
     const auto panel = [&](int64_t index, int64_t row) { return packed.get() + (index * chunk + row) * kernels_.panel; };
     const int64_t right = one_copy_ ? 0 : row_panels_;  // the first panel of b
     for (; first < last; first += chunk * step) {
       const int64_t left_over = last - first, rows = std::min(chunk, divide_up(left_over, step));
-      parallel_tasks(panels * divide_up(rows, kDepth), [&](int64_t task) {
-        const int64_t index = task % panels, row = task / panels * kDepth;
+      parallel_tasks(panels * divide_up(rows, kDepth<P>), [&](int64_t task) {
+        const int64_t index = task % panels, row = task / panels * kDepth<P>;
         const bool left = index < row_panels_;
         const Operand& m = left ? a_ : b_;
         const int64_t column = (left ? index : index - row_panels_) * kernels_.panel;
-        pack(kernels_, m, first + row * step, std::min(kDepth * step, left_over - row * step), column,
+        pack(kernels_, m, first + row * step, std::min(kDepth<P> * step, left_over - row * step), column,
              std::min(kernels_.panel, m.columns - column), left ? weight_ : nullptr, panel(index, row));
       });
       parallel_tasks(static_cast<int64_t>(blocks_.size()), [&](int64_t task) {
         const Block block = blocks_[static_cast<size_t>(task)];
         const int64_t row_end = std::min(block.row + block_, row_panels_);
         const int64_t column_end = std::min(block.column + block_, column_panels_);
-        for (int64_t row = 0; row < rows; row += kDepth) {
-          const int64_t depth = std::min(kDepth, rows - row);
+        for (int64_t row = 0; row < rows; row += kDepth<P>) {
+          const int64_t depth = std::min(kDepth<P>, rows - row);
           for (int64_t j = block.column; j < column_end; ++j) {
             for (int64_t i = lower_ ? std::max(block.row, j) : block.row; i < row_end; ++i) {
               const int64_t c_row = i * kernels_.panel, c_column = j * kernels_.panel;

@@ -104,7 +104,7 @@ def test_does_not_depend_on_threads(shape, dtype, with_threads):
     x, weight = torch.randn(shape).to(dtype), torch.rand(shape[:2])
     empty = torch.zeros(shape[0], shape[2], shape[2])
     for options in ({}, {"weight": weight}, {"weight": weight > 0.5}, {"other": x}):
-        one, two = (with_threads(n, lambda: ours(empty.clone(), x, **options)) for n in (1, 2))
+        one, two = (with_threads(n, lambda o=options: ours(empty.clone(), x, **o)) for n in (1, 2))
         assert torch.equal(one, two)
 
 

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kSmall = 32;                // Grams up to this size are summed side by side in the lanes of vectors
 constexpr int64_t kMostTaps = kSmall + 4;     // their columns, filled up to whole blocks
 constexpr int64_t kTileBytes = 28 << 10;      // of padded input at a time, to stay in the first-level cache
+constexpr int64_t kTileRows = 256;            // patches added before their sums go to memory: short sums round less
 constexpr int64_t kTasks = 16;                // at least, where the shape allows it
 constexpr int64_t kSmallGram = 512;           // Grams up to this size are parallel over the batch
 
@@ -76,9 +77,12 @@ class LaneGrams {
     const auto elements = [&](int64_t rows, int64_t columns) {
       return p.kernel[0] * span(p, 1, rows) * span(p, 2, columns) * p.channels + (weight ? rows * columns : 0);
     };
+    const auto too_much = [&](int64_t rows, int64_t columns) {
+      return rows * columns > kTileRows || elements(rows, columns) * lane_bytes > kTileBytes;
+    };
     int64_t rows = p.out[1], columns = p.out[2];
-    while (columns > 1 && elements(1, columns) * lane_bytes > kTileBytes) columns = (columns + 1) / 2;
-    while (rows > 1 && elements(rows, columns) * lane_bytes > kTileBytes) rows = (rows + 1) / 2;
+    while (columns > 1 && too_much(1, columns)) columns = (columns + 1) / 2;
+    while (rows > 1 && too_much(rows, columns)) rows = (rows + 1) / 2;
     const AlignedArray<Acc> scratch = aligned_array<Acc>(elements(rows, columns) * kernels_.lanes);
     for (int64_t z = 0; z < p.out[0]; ++z) {
       for (int64_t y = 0; y < p.out[1]; y += rows) {
@@ -205,11 +209,11 @@ void accumulate_images(const Patches& p, const Acc* weight, const Grams<Acc>& gr
   add_results(results, p.groups, slices, size, grams);
 }
 
-// A kernel of one element reads a grid of points, whatever its stride: the same without stride, and with neighbouring
-// dimensions merged into one where their elements follow each other.
+// A kernel of one element without padding reads a grid of points, whatever its stride: the same without stride, and with
+// neighbouring dimensions merged into one where their elements follow each other.
 Patches simplified(Patches p) {
   for (int d = 0; d < 3; ++d) {
-    if (p.kernel[d] == 1 && p.padding[d] == 0) {
+    if (p.kernel[d] == 1 && p.padding[d] == 0 && (p.out[d] - 1) * p.stride[d] < p.size[d]) {
       p.size[d] = p.out[d];
       p.element_stride[d] *= p.stride[d];
       p.stride[d] = 1;

@@ -71,12 +71,7 @@ void multiply_block(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weig
   const Patches& p = *tile.patches;
   const int64_t column_step = p.stride[2] * p.channels * lanes;
   const int64_t row_step = p.stride[1] * span(p, 2, tile.columns) * p.channels * lanes;
-  Vector<Acc> block[B][B];
-#pragma GCC unroll 5
-  for (int i = 0; i < B; ++i) {
-#pragma GCC unroll 5
-    for (int j = 0; j < (kDiagonal ? i + 1 : B); ++j) block[i][j] = load(sums + i * pitch + j * lanes);
-  }
+  Vector<Acc> block[B][B] = {};
   for (int64_t row = 0; row < tile.rows; ++row) {
     const Acc* from = plane + row * row_step;
     for (int64_t column = 0; column < tile.columns; ++column, from += column_step) {
@@ -95,7 +90,10 @@ void multiply_block(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weig
 #pragma GCC unroll 5
   for (int i = 0; i < B; ++i) {
 #pragma GCC unroll 5
-    for (int j = 0; j < (kDiagonal ? i + 1 : B); ++j) store(sums + i * pitch + j * lanes, block[i][j]);
+    for (int j = 0; j < (kDiagonal ? i + 1 : B); ++j) {
+      Acc* to = sums + i * pitch + j * lanes;
+      store(to, load(to) + block[i][j]);
+    }
   }
 }
 

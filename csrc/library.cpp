@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(statsmerge, m) {
   m.def("weight_statistics(Tensor[] mats, Tensor[] minus, int r, float tol, int max_passes, int seed) -> Tensor");
   m.def("gram_accumulate_(Tensor(a!) gram, Tensor x, Tensor? weight, Tensor? other) -> ()");
   m.def(
+      "gram_accumulate_patches_(Tensor(a!) gram, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+      " int groups, Tensor? weight) -> ()");
+  m.def(
       "layer_solve(Tensor c, Tensor d, Tensor? anchor, float rcond, float ridge)"
       " -> (Tensor t, Tensor rank, Tensor condition)");
   m.def(

@@ -1,6 +1,6 @@
 """The native operators, each with its plain-torch reference beside it."""
 
-from .gram import gram_accumulate_, symmetrize_
+from .gram import gram_accumulate_, gram_accumulate_patches_, symmetrize_
 from .layer_solve import LayerSolution, diagonal_solve, layer_solve, layer_solve_features
 from .quantized import QuantizedTensor
 from .topk_svd import TopKSVD, topk_svd, weight_statistics
@@ -12,6 +12,7 @@ __all__ = [
     "TopKSVD",
     "diagonal_solve",
     "gram_accumulate_",
+    "gram_accumulate_patches_",
     "layer_solve",
     "layer_solve_features",
     "symmetrize_",

@@ -15,6 +15,7 @@ OPERATORS = [
     "topk_svd",
     "weight_statistics",
     "gram_accumulate_",
+    "gram_accumulate_patches_",
     "layer_solve",
     "layer_solve_features",
     "weighted_merge",

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from statsmerge_ext.ops import gram_accumulate_, symmetrize_
-from statsmerge_ext.ops.gram import gram_accumulate_reference
+from statsmerge_ext import _C
+from statsmerge_ext.ops import gram_accumulate_, gram_accumulate_patches_, symmetrize_
+from statsmerge_ext.ops.gram import gram_accumulate_patches_reference, gram_accumulate_reference
 
+TARGETS = _C.build_info()["cpu_targets"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -25,6 +27,15 @@ def ours(gram: Tensor, x: Tensor, **options: Tensor) -> Tensor:
     return gram if "other" in options else symmetrize_(gram)
 
 
+@pytest.fixture(params=TARGETS)
+def every_target(request):
+    before = _C.cpu_target()
+    _C.set_cpu_target(request.param)
+    yield
+    _C.set_cpu_target(before)
+
+
+@pytest.mark.usefixtures("every_target")
 @pytest.mark.parametrize("size", [1, 9, 33, 200])
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,13 +98,26 @@ def test_one_vector_is_an_outer_product():
     torch.testing.assert_close(ours(torch.zeros(6, 6), x), torch.outer(x, x))
 
 
-@pytest.mark.parametrize("size", [20, 150])
-def test_does_not_depend_on_threads(size, with_threads):
-    x, weight = torch.randn(3, 700, size), torch.rand(3, 700)
-    grams = [with_threads(n, lambda: ours(torch.zeros(3, size, size), x, weight=weight)) for n in (1, 2)]
-    torch.testing.assert_close(grams[0], grams[1], rtol=0, atol=1e-5 * grams[0].abs().max().item())
-    again = with_threads(2, lambda: ours(torch.zeros(3, size, size), x, weight=weight))
-    assert torch.equal(grams[1], again)
+@pytest.mark.parametrize("shape", [(3, 700, 20), (3, 700, 150), (1, 9000, 40), (1, 1500, 600), (40, 300, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_does_not_depend_on_threads(shape, dtype, with_threads):
+    x, weight = torch.randn(shape).to(dtype), torch.rand(shape[:2])
+    empty = torch.zeros(shape[0], shape[2], shape[2])
+    for options in ({}, {"weight": weight}, {"weight": weight > 0.5}, {"other": x}):
+        one, two = (with_threads(n, lambda o=options: ours(empty.clone(), x, **o)) for n in (1, 2))
+        assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("every_target")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(8192, 100), (3001, 300), (5001, 33)])
+def test_bfloat16_is_as_accurate_as_single_precision(shape, masked, assert_as_accurate):
+    x = torch.randn(shape).bfloat16()
+    options = {"weight": torch.rand(shape[0]) > 0.3} if masked else {}
+    for features in (x, x.T.contiguous().T):
+        gram = ours(torch.zeros(shape[1], shape[1]), features, **options)
+        peer = gram_accumulate_reference(torch.zeros(shape[1], shape[1]), x, **options)
+        assert_as_accurate(gram, peer, exact_gram(x, **options))
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,6 +139,153 @@ def test_any_shape(size, tokens, batch, dtype, transposed, weighted, seed):
     gram = torch.zeros(batch, size, size, dtype=torch.float64)
     gram_accumulate_(gram, x, weight=weight)
     torch.testing.assert_close(symmetrize_(gram), exact_gram(x, weight), rtol=1e-12, atol=1e-10)
+
+
+@st.composite
+def convolutions(draw):
+    """Arguments of a convolution with one to three spatial dimensions that fits its input."""
+    dims = draw(st.integers(1, 3))
+    groups, per_group = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (5, 1), (24, 1), (19, 2), (1, 12)]))
+
+    def numbers(least, most):
+        return tuple(draw(st.integers(least, most)) for _ in range(dims))
+
+    kernel, dilation = numbers(1, 3 if dims > 1 else 7), numbers(1, 2)
+    padding = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(dims))
+    size = tuple(
+        max(draw(st.integers(1, 9 if dims > 1 else 40)), d * (k - 1) + 1 - sum(p))
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    )
+    geometry = {"stride": numbers(1, 3), "padding": padding, "dilation": dilation, "groups": groups}
+    return draw(st.integers(1, 20)), groups * per_group, size, kernel, geometry
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    convolutions(),
+    st.sampled_from(TARGETS),
+    st.sampled_from(DTYPES),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from(["dense", "channels last", "sliced"]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_patches_of_any_convolution(convolution, target, dtype, gram_dtype, layout, weighted, seed):
+    images, channels, size, kernel, geometry = convolution
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, channels, *size, generator=generator).to(dtype)
+    if layout == "channels last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "sliced":
+        x = torch.stack([x, x + 1], -1)[..., 0]
+    columns = channels // geometry["groups"] * torch.Size(kernel).numel()
+    empty = torch.zeros(geometry["groups"], columns, columns, dtype=torch.float64)
+    options = {}
+    if weighted:
+        outputs = torch.empty(images, 1, *size, device="meta")
+        outputs = torch.nn.functional.pad(outputs, [side for pair in geometry["padding"][::-1] for side in pair])
+        for axis, (k, step, spread) in enumerate(zip(kernel, geometry["stride"], geometry["dilation"], strict=True)):
+            outputs = outputs.unfold(2 + axis, spread * (k - 1) + 1, step)
+        options["weight"] = torch.rand(images, *outputs.shape[2 : 2 + len(size)], generator=generator)
+    exact = gram_accumulate_patches_reference(empty.clone(), x, kernel, **geometry, **options)
+    before = _C.cpu_target()
+    _C.set_cpu_target(target)
+    try:
+        gram = gram_accumulate_patches_(empty.to(gram_dtype), x, kernel, **geometry, **options)
+    finally:
+        _C.set_cpu_target(before)
+    tolerance = 1e-12 if gram_dtype == torch.float64 else 2e-5
+    scale = exact.abs().max().clamp_min(1)
+    torch.testing.assert_close(symmetrize_(gram).double(), exact, rtol=0, atol=tolerance * scale.item())
+
+
+@pytest.mark.usefixtures("every_target")
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_depthwise_patches(dtype, kernel, stride, assert_as_accurate):
+    x = torch.randn(8, 40, 28, 28).to(dtype)
+    geometry = {"stride": stride, "padding": kernel // 2, "groups": 40}
+    full = {"stride": [stride] * 2, "padding": [(kernel // 2,) * 2] * 2, "dilation": [1, 1], "groups": 40}
+    empty = torch.zeros(40, kernel**2, kernel**2)
+    gram = symmetrize_(gram_accumulate_patches_(empty.clone(), x, kernel, **geometry))
+    peer = gram_accumulate_patches_reference(empty.clone(), x, [kernel] * 2, **full)
+    exact = gram_accumulate_patches_reference(empty.double(), x, [kernel] * 2, **full)
+    assert_as_accurate(gram, peer, exact)
+
+
+@pytest.mark.parametrize("channels", [3, 40, 96])
+def test_patches_are_those_of_the_convolution(channels):
+    """The convolution of x by w is patches · wᵀ, so its squared sum is w gram wᵀ."""
+    x, w = torch.randn(2, channels, 9, 8).double(), torch.randn(6, channels, 3, 2).double()
+    options = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+    columns = channels * 6
+    gram = symmetrize_(gram_accumulate_patches_(torch.zeros(1, columns, columns).double(), x, (3, 2), **options))[0]
+    out = torch.nn.functional.conv2d(x, w, **options).movedim(1, -1).reshape(-1, 6)
+    torch.testing.assert_close(w.flatten(1) @ gram @ w.flatten(1).T, out.T @ out)
+
+
+@pytest.mark.parametrize("shape", [(5, 40, 12, 12), (20, 3, 12, 12), (3, 40, 12, 12)])
+def test_patches_do_not_depend_on_threads(shape, with_threads):
+    x, groups = torch.randn(shape), 40 if shape[0] == 5 else 1
+    columns = shape[1] // groups * 9
+    empty = torch.zeros(groups, columns, columns)
+    one, two = (
+        with_threads(n, lambda: gram_accumulate_patches_(empty.clone(), x, 3, padding=1, groups=groups)) for n in (1, 2)
+    )
+    assert torch.equal(symmetrize_(one), symmetrize_(two))
+
+
+def test_patches_of_no_images():
+    assert gram_accumulate_patches_(torch.ones(1, 9, 9), torch.zeros(0, 1, 4, 4), 3).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((torch.zeros(1, 9, 9), torch.zeros(4, 4), 3), {}, ValueError, r"x: expected \[N, C, \*spatial\]"),
+        (
+            (torch.zeros(1, 9, 9), torch.zeros(1, 1, 4, 4), (3, 3, 3)),
+            {},
+            ValueError,
+            "kernel_size: expected one integer",
+        ),
+        ((torch.zeros(1, 9, 9), torch.zeros(1, 1, 4, 4), 3), {"stride": 0}, ValueError, "stride: expected one integer"),
+        (
+            (torch.zeros(1, 9, 9), torch.zeros(1, 1, 4, 4), 3),
+            {"padding": -1},
+            ValueError,
+            "padding: expected an integer",
+        ),
+        (
+            (torch.zeros(1, 9, 9), torch.zeros(1, 1, 4, 4), 3),
+            {"dilation": 2},
+            ValueError,
+            "kernel_size: expected a kernel",
+        ),
+        (
+            (torch.zeros(1, 9, 9), torch.zeros(1, 3, 4, 4), 3),
+            {"groups": 2},
+            ValueError,
+            "groups: expected a divisor of",
+        ),
+        ((torch.zeros(1, 8, 8), torch.zeros(1, 1, 4, 4), 3), {}, ValueError, r"gram: expected shape \[1, 9, 9\]"),
+        (
+            (torch.zeros(1, 9, 9), torch.zeros(1, 1, 4, 4), 3),
+            {"weight": torch.ones(1, 4, 4)},
+            ValueError,
+            r"weight: expected shape \[1, 2, 2\], got \[1, 4, 4\]",
+        ),
+        (
+            (torch.zeros(1, 9, 9), torch.zeros(1, 1, 4, 4).int(), 3),
+            {},
+            TypeError,
+            "x: expected float64 or .*, got int32",
+        ),
+    ],
+)
+def test_bad_convolutions_are_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        gram_accumulate_patches_(*arguments, **options)
 
 
 def test_symmetrize_mirrors_the_lower_triangle():
@@ -202,12 +373,25 @@ def test_opcheck(opcheck):
     opcheck("gram_accumulate_", torch.zeros(2, 3, 3, dtype=torch.float64), other.bfloat16(), weight, None)
 
 
+def test_opcheck_of_patches(opcheck):
+    x, weight = torch.randn(2, 6, 1, 8, 9), torch.rand(2, 4 * 9)
+    geometry = ([1, 3, 3], [1, 2, 1], [0, 0, 1, 0, 1, 1], [1, 1, 1])
+    opcheck("gram_accumulate_patches_", torch.zeros(6, 9, 9), x, *geometry, 6, weight)
+    opcheck("gram_accumulate_patches_", torch.zeros(1, 54, 54, dtype=torch.float64), x.bfloat16(), *geometry, 1, None)
+
+
 def test_traces_in_one_graph():
     def f(x: Tensor) -> Tensor:
         return symmetrize_(gram_accumulate_(torch.zeros(6, 6), 2 * x, weight=torch.ones(x.shape[0]))) + 1
 
     x = torch.randn(9, 6)
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+def test_symmetrize_mirrors_large_matrices_block_by_block():
+    gram = torch.randn(2, 1100, 1100)
+    expected = gram.tril() + gram.tril(-1).mT
+    assert torch.equal(symmetrize_(gram), expected)
 
 
 def test_reference_accepts_what_the_operator_accepts():

@@ -145,3 +145,27 @@ STATSMERGE_INLINE T sum(Vector<T> v) {
   store(lanes, v);
   return sum_lanes<T, kLanes<T>>(lanes);
 }
+
+// Elements of a and b in turn: of their lower halves, or of their upper ones.
+template <bool kUpper, class V, int... I>
+STATSMERGE_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I), start = kUpper ? n / 2 : 0;
+  return __builtin_shufflevector(a, b, (start + I / 2 + (I % 2 ? n : 0))...);
+}
+
+// Transposes N vectors of N elements: log2(N) perfect shuffles.
+template <class T, int N>
+STATSMERGE_INLINE void transpose(Vector<T, N> (&rows)[N]) {
+  constexpr auto indices = std::make_integer_sequence<int, N>{};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < N; stage *= 2) {
+    Vector<T, N> shuffled[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      shuffled[2 * i] = interleave<false>(rows[i], rows[i + N / 2], indices);
+      shuffled[2 * i + 1] = interleave<true>(rows[i], rows[i + N / 2], indices);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) rows[i] = shuffled[i];
+  }
+}

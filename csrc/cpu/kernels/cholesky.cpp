@@ -14,9 +14,9 @@ namespace statsmerge {
 namespace {
 
 constexpr int64_t kLeaf = 64;      // rows of a triangle that is solved with directly
-constexpr int64_t kBorder = 512;   // columns by which a factor of a leading block is extended
+constexpr int64_t kBorder = 256;   // columns by which a factor of a leading block is extended
 constexpr int64_t kColumns = 192;  // right-hand sides that a thread solves for at a time
-constexpr int64_t kPivots = 64;    // rows of a pivoted factorisation between two updates of all that is left
+constexpr int64_t kPivots = 96;    // rows of a pivoted factorisation between two updates of all that is left
 
 // Entry (i, k) of a lower triangular matrix is data[i · row_stride + k · column_stride].
 struct TriangleView {

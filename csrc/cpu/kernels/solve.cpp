@@ -52,26 +52,32 @@ void add_product(double alpha, const MatrixView& a, const Vectors& b, double* x,
 // The largest eigenvalue of a symmetric operator y = apply(x) by Lanczos, from below and usually within a few per cent.
 double largest_eigenvalue(int64_t n, const std::function<void(const double* x, double* y)>& apply) {
   if (n == 0) return 0;
-  const int64_t steps = std::min(kSteps, n);
   std::mt19937_64 generator(0);
   std::normal_distribution<double> normal;
-  Vectors basis(static_cast<size_t>(n * (steps + 1))), tridiagonal(static_cast<size_t>(steps * steps), 0.0);
+  const int64_t most = std::min(kSteps, n);
+  Vectors basis(static_cast<size_t>(n * (most + 1))), diagonal, beside;
   for (int64_t i = 0; i < n; ++i) basis[i] = normal(generator);
-  const auto normalize = [n](double* x) {
-    const double norm = std::sqrt(dot(x, x, n));
-    if (norm > 0) multiply(1 / norm, x, n);
-    return norm;
-  };
-  normalize(basis.data());
-  for (int64_t s = 0; s < steps; ++s) {
-    double* next = basis.data() + (s + 1) * n;
-    apply(basis.data() + s * n, next);
-    tridiagonal[s * steps + s] = dot(next, basis.data() + s * n, n);
+  const auto norm = [n](const double* x) { return std::sqrt(dot(x, x, n)); };
+  multiply(1 / norm(basis.data()), basis.data(), n);
+  double scale = 0;
+  while (static_cast<int64_t>(diagonal.size()) < most) {
+    const auto step = static_cast<int64_t>(diagonal.size());
+    double* next = basis.data() + (step + 1) * n;
+    apply(next - n, next);
+    diagonal.push_back(dot(next, next - n, n));
     for (int repeat = 0; repeat < 2; ++repeat) {
-      for (int64_t i = 0; i <= s; ++i) axpy(-dot(next, basis.data() + i * n, n), basis.data() + i * n, next, n);
+      for (int64_t i = 0; i <= step; ++i) axpy(-dot(next, basis.data() + i * n, n), basis.data() + i * n, next, n);
     }
-    const double coupling = normalize(next);
-    if (s + 1 < steps) tridiagonal[s * steps + s + 1] = tridiagonal[(s + 1) * steps + s] = coupling;
+    beside.push_back(norm(next));
+    scale = std::max(scale, std::abs(diagonal.back()) + beside.back());
+    if (!(beside.back() > static_cast<double>(n) * kEps * scale)) break;  // an invariant subspace
+    multiply(1 / beside.back(), next, n);
+  }
+  const auto steps = static_cast<int64_t>(diagonal.size());
+  Vectors tridiagonal(static_cast<size_t>(steps * steps), 0.0);
+  for (int64_t i = 0; i < steps; ++i) {
+    tridiagonal[i * steps + i] = diagonal[i];
+    if (i > 0) tridiagonal[i * steps + i - 1] = tridiagonal[(i - 1) * steps + i] = beside[i - 1];
   }
   return symmetric_eigen(std::move(tridiagonal), steps).values[0];
 }
@@ -237,6 +243,19 @@ double trailing_norm(const SquareView& c, int64_t first) {
   return std::sqrt(squares);
 }
 
+// The upper triangle of LᵀL for L in the first `rank` columns of l, zero above its diagonal.
+Vectors factor_square(const SquareView& l, int64_t rank) {
+  constexpr int64_t width = 192;
+  Vectors out(static_cast<size_t>(rank * rank), 0.0);
+  for (int64_t first = 0; first < rank; first += width) {
+    const int64_t end = std::min(first + width, rank);
+    accumulate_product<double>(1.0, view(l.row(first), l.n - first, end, l.stride, 1),
+                               view(l.row(first) + first, l.n - first, end - first, l.stride, 1), nullptr,
+                               out.data() + first, rank, 1, false);
+  }
+  return out;
+}
+
 }  // namespace
 
 std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double ridge, double rcond,
@@ -261,12 +280,9 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
   const auto most = static_cast<int64_t>(kThin * static_cast<double>(n));
   const int64_t rank = pivoted_cholesky(matrix, kNoise * kEps * bound, most, order);
   if (rank < most && trailing_norm(matrix, rank) <= static_cast<double>(n) * kEps * bound) {
-    Vectors factor(static_cast<size_t>(n * rank));
+    Vectors inner = factor_square(matrix, rank), factor(static_cast<size_t>(n * rank));
     for (int64_t i = 0; i < n; ++i) std::copy_n(matrix.row(i), rank, factor.data() + order[i] * rank);
     work = {};
-    Vectors inner(static_cast<size_t>(rank * rank), 0.0);
-    const MatrixView l = view(factor.data(), n, rank, rank, 1);
-    accumulate_product<double>(1.0, l, l, nullptr, inner.data(), 1, rank, true);
     Vectors shifted = inner;
     shift(square(shifted, rank), -cut);
     std::unique_ptr<PseudoInverse> inverse;

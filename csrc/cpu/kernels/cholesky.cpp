@@ -102,10 +102,11 @@ bool factor(const SquareView& c) {
   return factor(rest);
 }
 
-// Exchanges rows and columns i < j of a symmetric matrix given by its upper triangle; in the rows above `begin`, which
-// belong to a factor already, the columns alone.
-void exchange(const SquareView& c, int64_t i, int64_t j) {
-  for (int64_t t = 0; t < i; ++t) std::swap(c.row(t)[i], c.row(t)[j]);
+// Exchanges rows and columns i < j of a symmetric matrix given by its upper triangle; in rows [begin, i), which belong to
+// a factor already, the columns alone.
+void exchange(const SquareView& c, int64_t begin, int64_t i, int64_t j) {
+  for (int64_t t = begin; t < i; ++t) std::swap(c.row(t)[i], c.row(t)[j]);
+  std::swap(c.row(i)[i], c.row(j)[j]);
   for (int64_t t = i + 1; t < j; ++t) std::swap(c.row(i)[t], c.row(t)[j]);
   std::swap_ranges(c.row(i) + j + 1, c.row(i) + c.n, c.row(j) + j + 1);
 }
@@ -149,6 +150,7 @@ int64_t pivoted_cholesky(const SquareView& c, double tolerance, int64_t most, st
   std::iota(order.begin(), order.end(), int64_t{0});
   std::vector<double> diagonal(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) diagonal[i] = c.row(i)[i];
+  std::vector<int64_t> pivots;
   int64_t rank = 0;
   for (bool more = true; more && rank < most;) {
     const int64_t begin = rank, end = std::min(begin + kPivots, most);
@@ -156,9 +158,9 @@ int64_t pivoted_cholesky(const SquareView& c, double tolerance, int64_t most, st
       const int64_t pivot = std::max_element(diagonal.begin() + rank, diagonal.end()) - diagonal.begin();
       more = diagonal[pivot] > tolerance;
       if (!more) break;
+      pivots.push_back(pivot);
       if (pivot != rank) {
-        exchange(c, rank, pivot);
-        std::swap(c.row(rank)[rank], c.row(pivot)[pivot]);
+        exchange(c, begin, rank, pivot);
         std::swap(diagonal[rank], diagonal[pivot]);
         std::swap(order[rank], order[pivot]);
       }
@@ -173,6 +175,12 @@ int64_t pivoted_cholesky(const SquareView& c, double tolerance, int64_t most, st
       subtract_square(c.row(begin) + rank, rank - begin, n - rank, c.stride, c.row(rank) + rank, c.stride);
     }
   }
+  // The exchanges of later blocks, row by row: each stays in the cache meanwhile.
+  parallel_for(0, rank, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t s = (t / kPivots + 1) * kPivots; s < rank; ++s) std::swap(c.row(t)[s], c.row(t)[pivots[s]]);
+    }
+  });
   mirror_upper(c);
   for (int64_t i = 0; i < rank; ++i) std::fill(c.row(i) + i + 1, c.row(i) + rank, 0.0);
   return rank;

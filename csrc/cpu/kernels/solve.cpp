@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kDirect = 32;    // up to this size the eigenvectors cost no more than a factorisation
 constexpr double kThin = 0.8;      // the largest rank, as a part of n, for which a pivoted factorisation gains anything
+constexpr int64_t kBlock = 192;    // columns of a triangular factor by which zeros are left out
 constexpr int64_t kSteps = 16;     // of a Lanczos iteration
 constexpr double kMargin = 1.25;   // by which a Lanczos iteration of so many steps hardly ever misses the largest
 constexpr double kNoise = 64;     // rounding errors of a factorisation, in eps times the largest eigenvalue, hardly exceed it
@@ -206,29 +207,62 @@ class EigenInverse final : public PseudoInverse {
   int64_t n_;
 };
 
-// C ≈ LLᵀ with an inverse of LᵀL.
+// C ≈ LLᵀ, rows and columns in another order, with an inverse of LᵀL. What is zero of L is left out by blocks.
 class ThinInverse final : public PseudoInverse {
  public:
-  ThinInverse(Vectors factor, int64_t n, int64_t columns, std::unique_ptr<PseudoInverse> inner)
-      : factor_(std::move(factor)), n_(n), rank_(columns), inner_(std::move(inner)) {
+  ThinInverse(Vectors factor, std::vector<int64_t> order, int64_t rank, std::unique_ptr<PseudoInverse> inner)
+      : factor_(std::move(factor)), order_(std::move(order)), rank_(rank), inner_(std::move(inner)) {
     spectrum = inner_->spectrum;
   }
   void apply(double* x, int64_t stride, int64_t columns) const override {
-    Vectors z = product(view(factor_.data(), n_, rank_, rank_, 1), x, stride, columns);
+    Vectors z = project(x, stride, columns);
     inner_->apply(z.data(), columns, columns);
     inner_->apply(z.data(), columns, columns);
-    for (int64_t i = 0; i < n_; ++i) std::fill_n(x + i * stride, columns, 0.0);
-    add_product(1.0, view(factor_.data(), rank_, n_, 1, rank_), z, x, stride, columns);
+    const Vectors expanded = expand(z, columns);
+    for (size_t i = 0; i < order_.size(); ++i) {
+      std::copy_n(expanded.data() + static_cast<int64_t>(i) * columns, columns, x + order_[i] * stride);
+    }
   }
   void drop(double* x, int64_t stride, int64_t columns) const override {
-    Vectors z = product(view(factor_.data(), n_, rank_, rank_, 1), x, stride, columns);
+    Vectors z = project(x, stride, columns);
     inner_->apply(z.data(), columns, columns);
-    add_product(-1.0, view(factor_.data(), rank_, n_, 1, rank_), z, x, stride, columns);
+    const Vectors expanded = expand(z, columns);
+    for (size_t i = 0; i < order_.size(); ++i) {
+      axpy(-1.0, expanded.data() + static_cast<int64_t>(i) * columns, x + order_[i] * stride, columns);
+    }
   }
 
  private:
+  int64_t n() const { return static_cast<int64_t>(order_.size()); }
+
+  // Lᵀ x
+  Vectors project(const double* x, int64_t stride, int64_t columns) const {
+    Vectors ordered(static_cast<size_t>(n() * columns)), z(static_cast<size_t>(rank_ * columns), 0.0);
+    for (int64_t i = 0; i < n(); ++i) std::copy_n(x + order_[i] * stride, columns, ordered.data() + i * columns);
+    for (int64_t first = 0; first < rank_; first += kBlock) {
+      accumulate_product<double>(
+          1.0, view(factor_.data() + first * (rank_ + 1), n() - first, std::min(kBlock, rank_ - first), rank_, 1),
+          view(ordered.data() + first * columns, n() - first, columns, columns, 1), nullptr, z.data() + first * columns,
+          columns, 1, false);
+    }
+    return z;
+  }
+  // L z
+  Vectors expand(const Vectors& z, int64_t columns) const {
+    Vectors x(static_cast<size_t>(n() * columns), 0.0);
+    for (int64_t first = 0, end; first < n(); first = end) {
+      end = first < rank_ ? std::min(first + kBlock, rank_) : n();
+      const int64_t depth = std::min(end, rank_);
+      accumulate_product<double>(1.0, view(factor_.data() + first * rank_, depth, end - first, 1, rank_),
+                                 view(z.data(), depth, columns, columns, 1), nullptr, x.data() + first * columns, columns,
+                                 1, false);
+    }
+    return x;
+  }
+
   Vectors factor_;  // [n, rank]
-  int64_t n_, rank_;
+  std::vector<int64_t> order_;
+  int64_t rank_;
   std::unique_ptr<PseudoInverse> inner_;
 };
 
@@ -245,10 +279,9 @@ double trailing_norm(const SquareView& c, int64_t first) {
 
 // The upper triangle of LᵀL for L in the first `rank` columns of l, zero above its diagonal.
 Vectors factor_square(const SquareView& l, int64_t rank) {
-  constexpr int64_t width = 192;
   Vectors out(static_cast<size_t>(rank * rank), 0.0);
-  for (int64_t first = 0; first < rank; first += width) {
-    const int64_t end = std::min(first + width, rank);
+  for (int64_t first = 0; first < rank; first += kBlock) {
+    const int64_t end = std::min(first + kBlock, rank);
     accumulate_product<double>(1.0, view(l.row(first), l.n - first, end, l.stride, 1),
                                view(l.row(first) + first, l.n - first, end - first, l.stride, 1), nullptr,
                                out.data() + first, rank, 1, false);
@@ -281,7 +314,7 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
   const int64_t rank = pivoted_cholesky(matrix, kNoise * kEps * bound, most, order);
   if (rank < most && trailing_norm(matrix, rank) <= static_cast<double>(n) * kEps * bound) {
     Vectors inner = factor_square(matrix, rank), factor(static_cast<size_t>(n * rank));
-    for (int64_t i = 0; i < n; ++i) std::copy_n(matrix.row(i), rank, factor.data() + order[i] * rank);
+    for (int64_t i = 0; i < n; ++i) std::copy_n(matrix.row(i), rank, factor.data() + i * rank);
     work = {};
     Vectors shifted = inner;
     shift(square(shifted, rank), -cut);
@@ -294,7 +327,7 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
       mirror_upper(square(inner, rank));
       inverse = std::make_unique<EigenInverse>(eigen(std::move(inner), rank), rank, rcond);
     }
-    return std::make_unique<ThinInverse>(std::move(factor), n, rank, std::move(inverse));
+    return std::make_unique<ThinInverse>(std::move(factor), std::move(order), rank, std::move(inverse));
   }
 
   if (!eigen) return nullptr;

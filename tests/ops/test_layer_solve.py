@@ -376,6 +376,31 @@ def test_features_match_their_reference():
         torch.testing.assert_close(ours.condition, reference.condition)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    n=st.integers(1, 90),
+    copies=st.booleans(),
+    rcond=st.sampled_from([1e-4, 3e-2]),
+    seed=st.integers(0, 2**31),
+)
+def test_features_with_a_coarse_cut_off(tokens, n, copies, rcond, seed):
+    generator = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(t, n, generator=generator) for t in tokens]
+    if copies:
+        xs = [x[: len(x) // 2].repeat(2, 1) for x in xs]
+    ts = [torch.randn(5, n, generator=generator) for _ in tokens]
+    weight = [torch.rand(len(x), generator=generator) for x in xs]
+    ours = layer_solve_features(xs, ts, weight=weight, rcond=rcond)
+    if not sum(len(x) for x in xs):
+        assert ours.rank == 0 and ours.T.count_nonzero() == 0
+        return
+    reference = layer_solve_features_reference(xs, ts, weight=weight, rcond=rcond)
+    torch.testing.assert_close(ours.T, reference.T, rtol=1e-5, atol=1e-5)
+    assert ours.rank == reference.rank
+    assert 0.7 * reference.condition <= ours.condition <= 1.01 * reference.condition
+
+
 def test_features_without_tokens_give_zero():
     solution = layer_solve_features([torch.empty(0, 4)], [torch.ones(2, 4)])
     assert solution.T.tolist() == [[0] * 4] * 2 and solution.rank == 0

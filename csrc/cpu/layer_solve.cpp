@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional
   return {t, reports.rank, reports.condition};
 }
 
-// T = Yᵀ (X^†)ᵀ with the rows X_k of all experts stacked and Y_k = X_k T_kᵀ. A weight w of a token multiplies its row by
-// √w. Where eps over the cut-off's square leaves the result's precision, X^† comes from the smaller of XXᵀ and XᵀX, the
+// T = Yᵀ (X^†)ᵀ with the rows X_k of all experts stacked and Y_k = X_k T_kᵀ. A weight w of a token multiplies its row
+// by √w. Where eps over the cut-off's square leaves the result's precision, X^† comes from the smaller of XXᵀ and XᵀX, the
 // squares of whose singular values are compared with rcond²; otherwise from a singular value decomposition.
 std::tuple<Tensor, Tensor, Tensor> layer_solve_features(TensorList xs, TensorList ts, TensorList weights,
                                                         double rcond) {
@@ -196,11 +196,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve_features(TensorList xs, TensorLis
     };
     if (tokens < n) {
       apply(y, m);
-      accumulate_product<double>(1.0, view(y, 0, tokens, m, false), view(x, 0, tokens, n, false), nullptr, data(t), n, 1,
-                                 false);
+      accumulate_product<double>(1.0, view(y, 0, tokens, m, false), view(x, 0, tokens, n, false), nullptr, data(t), n,
+                                 1, false);
     } else {
-      accumulate_product<double>(1.0, view(y, 0, tokens, m, false), view(x, 0, tokens, n, false), nullptr, data(t), n, 1,
-                                 false);
+      accumulate_product<double>(1.0, view(y, 0, tokens, m, false), view(x, 0, tokens, n, false), nullptr, data(t), n,
+                                 1, false);
       solve_rows(*inverse, t, std::nullopt, 0.0, 0, m, n, t);
     }
     return {to_dtype(t, type), reports.rank, reports.condition};

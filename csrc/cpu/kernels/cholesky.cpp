@@ -49,8 +49,8 @@ void subtract_square(const double* a, int64_t depth, int64_t n, int64_t a_stride
   const int64_t width = std::clamp(n / 8 / kLeaf * kLeaf, kLeaf, 6 * kLeaf);
   for (int64_t column = 0; column < n; column += width) {
     const int64_t columns = std::min(width, n - column);
-    accumulate_product<double>(-1.0, view(a, depth, column + columns, a_stride), view(a + column, depth, columns, a_stride),
-                               nullptr, c + column, c_stride, 1, false);
+    accumulate_product<double>(-1.0, view(a, depth, column + columns, a_stride),
+                               view(a + column, depth, columns, a_stride), nullptr, c + column, c_stride, 1, false);
   }
 }
 
@@ -102,8 +102,8 @@ bool factor(const SquareView& c) {
   return factor(rest);
 }
 
-// Exchanges rows and columns i < j of a symmetric matrix given by its upper triangle; in rows [begin, i), which belong to
-// a factor already, the columns alone.
+// Exchanges rows and columns i < j of a symmetric matrix given by its upper triangle; in rows [begin, i), which belong
+// to a factor already, the columns alone.
 void exchange(const SquareView& c, int64_t begin, int64_t i, int64_t j) {
   for (int64_t t = begin; t < i; ++t) std::swap(c.row(t)[i], c.row(t)[j]);
   std::swap(c.row(i)[i], c.row(j)[j]);

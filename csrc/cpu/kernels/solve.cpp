@@ -26,7 +26,7 @@ constexpr double kThin = 0.8;      // the largest rank, as a part of n, for whic
 constexpr int64_t kBlock = 192;    // columns of a triangular factor by which zeros are left out
 constexpr int64_t kSteps = 16;     // of a Lanczos iteration
 constexpr double kMargin = 1.25;   // by which a Lanczos iteration of so many steps hardly ever misses the largest
-constexpr double kNoise = 64;     // rounding errors of a factorisation, in eps times the largest eigenvalue, hardly exceed it
+constexpr double kNoise = 64;      // rounding errors of a factorisation stay below so many eps of the largest eigenvalue
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 
 using Vectors = std::vector<double>;
@@ -182,7 +182,8 @@ class EigenInverse final : public PseudoInverse {
   EigenInverse(Eigen eigen, int64_t n, double rcond) : vectors_(std::move(eigen.vectors)), n_(n) {
     const Vectors& values = eigen.values;
     const double cut = n == 0 ? 0.0 : std::max(0.0, rcond * values[0]);
-    const int64_t rank = std::find_if(values.begin(), values.end(), [&](double x) { return !(x > cut); }) - values.begin();
+    const auto dropped = std::find_if(values.begin(), values.end(), [&](double x) { return !(x > cut); });
+    const int64_t rank = dropped - values.begin();
     spectrum = {rank, rank == 0 ? 1.0 : values[0] / values[rank - 1]};
     vectors_.resize(static_cast<size_t>(rank * n));
     for (int64_t i = 0; i < rank; ++i) inverses_.push_back(1 / values[i]);
@@ -254,8 +255,8 @@ class ThinInverse final : public PseudoInverse {
       end = first < rank_ ? std::min(first + kBlock, rank_) : n();
       const int64_t depth = std::min(end, rank_);
       accumulate_product<double>(1.0, view(factor_.data() + first * rank_, depth, end - first, 1, rank_),
-                                 view(z.data(), depth, columns, columns, 1), nullptr, x.data() + first * columns, columns,
-                                 1, false);
+                                 view(z.data(), depth, columns, columns, 1), nullptr, x.data() + first * columns,
+                                 columns, 1, false);
     }
     return x;
   }

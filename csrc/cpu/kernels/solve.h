@@ -1,5 +1,5 @@
-// (C + ridge·I)^† for symmetric positive semidefinite C, in double precision and without torch, with eigenvalues up to a
-// relative cut-off counted as zeros.
+// (C + ridge·I)^† for symmetric positive semidefinite C, in double precision and without torch, with eigenvalues up to
+// a relative cut-off counted as zeros.
 #pragma once
 
 #include <cstdint>

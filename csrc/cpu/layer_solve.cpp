@@ -1,161 +1,100 @@
-// layer_solve on the CPU: T = A + (D − A C) (C + ridge·I)^†, always computed in double. Small matrices, as of the
-// groups of a depthwise convolution, are diagonalised one a thread; large ones take a Cholesky factorisation where C is
-// proven to be safely positive definite and aten's symmetric eigendecomposition where not.
+// layer_solve on the CPU: T = A + (D − A C) (C + ridge·I)^†, in double. With F the pseudo-inverse of C + ridge·I and P
+// the projection onto what it keeps, C F = P − ridge·F, so that T = (D + ridge·A) F + A (I − P): C itself is not needed
+// once it is factorised, and rows of D are taken through F a few at a time.
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
-#include <random>
 
 #include "common/tensors.h"
-#include "cpu/kernels/symmetric_eigen.h"
-#include "cpu/kernels/vector_ops.h"
+#include "cpu/kernels/product.h"
+#include "cpu/kernels/solve.h"
 
 namespace statsmerge {
 namespace {
 
-constexpr int64_t kSmall = 64;
+constexpr int64_t kSmall = 64;       // up to this size our own eigendecomposition is faster than aten's
+constexpr int64_t kMedium = 256;     // systems up to this size are solved one a thread where there are several
+constexpr int64_t kRows = 192;       // rows of D at a time
 constexpr double kEps = std::numeric_limits<double>::epsilon();
-
-struct Report {
-  int64_t rank;
-  double condition;  // largest over smallest eigenvalue kept; 1 where none was
-};
-
-// How many of the n eigenvalues (descending) lie above rcond times the largest, and their condition number.
-Report cut_spectrum(const double* values, int64_t n, double rcond) {
-  const double threshold = std::max(0.0, std::max(rcond, n * kEps) * values[0]);
-  int64_t rank = 0;
-  while (rank < n && values[rank] > threshold) ++rank;
-  return {rank, rank == 0 ? 1.0 : values[0] / values[rank - 1]};
-}
-
-// The lower triangle of c mirrored, in double, with ridge on the diagonal.
-void mirror(const double* c, int64_t n, double ridge, double* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j) out[i * n + j] = out[j * n + i] = c[i * n + j];
-    out[i * n + i] += ridge;
-  }
-}
-
-bool finite_lower(const double* c, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j) {
-      if (!std::isfinite(c[i * n + j])) return false;
-    }
-  }
-  return true;
-}
-
-// rows <- rows (C + ridge·I)^† for `count` rows of length n.
-Report solve_small(std::vector<double> c, int64_t n, double rcond, double* rows, int64_t count) {
-  const Eigen eigen = symmetric_eigen(std::move(c), n);
-  const Report report = cut_spectrum(eigen.values.data(), n, rcond);
-  std::vector<double> coordinates(static_cast<size_t>(report.rank));
-  for (int64_t r = 0; r < count; ++r) {
-    double* row = rows + r * n;
-    for (int64_t i = 0; i < report.rank; ++i)
-      coordinates[i] = dot(row, eigen.vectors.data() + i * n, n) / eigen.values[i];
-    std::fill(row, row + n, 0.0);
-    for (int64_t i = 0; i < report.rank; ++i) axpy(coordinates[i], eigen.vectors.data() + i * n, row, n);
-  }
-  return report;
-}
 
 double* data(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
 
-// The largest eigenvalue of a symmetric positive definite operator by Lanczos, from below and usually within a few per
-// cent.
-double largest_eigenvalue(const std::function<Tensor(const Tensor&)>& apply, const Tensor& like, int64_t n) {
-  constexpr int64_t steps = 16;
-  std::mt19937_64 generator(0);
-  std::normal_distribution<double> normal;
-  std::vector<double> basis(static_cast<size_t>(n * (steps + 1))), t(steps * steps, 0.0);
-  for (int64_t i = 0; i < n; ++i) basis[i] = normal(generator);
-  const auto normalize = [&](double* x) {
-    const double norm = std::sqrt(dot(x, x, n));
-    if (norm > 0) std::for_each(x, x + n, [&](double& value) { value /= norm; });
-    return norm;
-  };
-  normalize(basis.data());
-  for (int64_t s = 0; s < steps; ++s) {
-    Tensor x = new_empty(like, {n, 1}, ScalarType::Double);
-    std::copy_n(basis.data() + s * n, n, data(x));
-    const Tensor y = dense(apply(x));
-    double* next = basis.data() + (s + 1) * n;
-    std::copy_n(data(y), n, next);
-    t[s * steps + s] = dot(next, basis.data() + s * n, n);
-    for (int repeat = 0; repeat < 2; ++repeat) {
-      for (int64_t i = 0; i <= s; ++i) axpy(-dot(next, basis.data() + i * n, n), basis.data() + i * n, next, n);
-    }
-    const double coupling = normalize(next);
-    if (s + 1 < steps) t[s * steps + s + 1] = t[(s + 1) * steps + s] = coupling;
-  }
-  return symmetric_eigen(std::move(t), steps).values[0];
-}
-
-// The lower Cholesky factor of c [n, n], or nothing where c is not positive definite.
-std::optional<Tensor> cholesky(const Tensor& c) {
-  const auto [factor, info] = call_aten<2>("aten::linalg_cholesky_ex", "", c, false, false);
-  if (*static_cast<const int32_t*>(info.const_data_ptr()) != 0) return std::nullopt;
-  return factor;
-}
-
-// Proves by a factorisation that every eigenvalue of c exceeds rcond times the largest: c − rcond·‖c‖·I is positive
-// definite with ‖c‖ at least the largest eigenvalue.
-bool safely_positive_definite(const Tensor& c, int64_t n, double rcond) {
-  double largest_row = 0, squares = 0;
+// Eigenvectors as symmetric_eigen returns them, by aten where that is faster.
+Eigen eigenvectors(const Tensor& like, std::vector<double> matrix, int64_t n) {
+  if (n <= kSmall) return symmetric_eigen(std::move(matrix), n);
+  Tensor c = new_empty(like, {n, n}, ScalarType::Double);
+  std::copy(matrix.begin(), matrix.end(), data(c));
+  matrix = {};
+  auto [values, vectors] = call_aten<2>("aten::linalg_eigh", "", c, std::string("L"));
+  c = {};
+  const Tensor rows = dense(aten::transpose(vectors));
+  Eigen eigen{std::vector<double>(static_cast<size_t>(n)), std::vector<double>(static_cast<size_t>(n * n))};
   for (int64_t i = 0; i < n; ++i) {
-    const double* row = data(c) + i * n;
-    squares += dot(row, row, n);
-    double sum = 0;
-    for (int64_t j = 0; j < n; ++j) sum += std::abs(row[j]);
-    largest_row = std::max(largest_row, sum);
+    eigen.values[i] = data(values)[n - 1 - i];
+    std::copy_n(data(rows) + (n - 1 - i) * n, n, eigen.vectors.data() + i * n);
   }
-  const double bound = std::min(largest_row, std::sqrt(squares));
-  Tensor shifted = torch::stable::clone(c);
-  for (int64_t i = 0; i < n; ++i) data(shifted)[i * n + i] -= std::max(rcond, n * kEps) * bound;
-  return cholesky(shifted).has_value();
+  return eigen;
 }
 
-// y [m, r] with column i divided by values[i].
-void divide_columns(const Tensor& y, const double* values) {
-  const int64_t m = y.sizes()[0], r = y.sizes()[1];
-  parallel_for(0, m, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t j = 0; j < r; ++j) data(y)[i * r + j] /= values[j];
+// x [n, rows] += factor · rows [first, first + rows) of a matrix of n columns, transposed.
+void add_rows(const Tensor& matrix, int64_t first, int64_t rows, int64_t n, double factor, double* x) {
+  constexpr int64_t block = 16;
+  dispatch_storage(storage_of(matrix, "D"), [&](auto* type) {
+    const auto* from = reinterpret_cast<decltype(type)>(bytes(matrix)) + first * n;
+    for (int64_t column = 0; column < n; column += block) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = column; j < std::min(column + block, n); ++j) {
+          x[j * rows + i] += factor * static_cast<double>(widen(from[i * n + j]));
+        }
+      }
     }
   });
 }
 
-// rows [m, n] (C + ridge·I)^†; c is symmetric with the ridge on its diagonal.
-std::pair<Tensor, Report> solve_large(const Tensor& c, int64_t n, double rcond, const Tensor& rows) {
-  if (safely_positive_definite(c, n, rcond)) {
-    if (const auto factor = cholesky(c)) {
-      const auto inverse = [&](const Tensor& b) {
-        return call_aten<1>("aten::cholesky_solve", "", b, *factor, false)[0];
-      };
-      const auto forward = [&](const Tensor& b) { return aten::matmul(c, b); };
-      const double condition = largest_eigenvalue(forward, c, n) * largest_eigenvalue(inverse, c, n);
-      return {aten::transpose(inverse(aten::transpose(rows))), Report{n, condition}};
+// Rows [first, first + rows) of a matrix of n columns = (x + y)ᵀ; a null y is zero.
+template <class T>
+void store_rows(const double* x, const double* y, int64_t first, int64_t rows, int64_t n, T* matrix) {
+  constexpr int64_t block = 16;
+  for (int64_t column = 0; column < n; column += block) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = column; j < std::min(column + block, n); ++j) {
+        matrix[(first + i) * n + j] = static_cast<T>(x[j * rows + i] + (y ? y[j * rows + i] : 0.0));
+      }
     }
   }
-  auto [ascending, vectors] = call_aten<2>("aten::linalg_eigh", "", c, std::string("L"));
-  std::vector<double> values(data(ascending), data(ascending) + n);
-  std::reverse(values.begin(), values.end());
-  const Report report = cut_spectrum(values.data(), n, rcond);
-  Tensor kept = slice(vectors, 1, n - report.rank, report.rank);
-  Tensor coordinates = dense(aten::matmul(rows, kept));
-  divide_columns(coordinates, data(ascending) + n - report.rank);
-  return {aten::matmul(coordinates, aten::transpose(kept)), report};
+}
+
+// Rows [begin, end) of t = (d + ridge·a) F + a (I − P), matrices of n columns.
+void solve_rows(const PseudoInverse& inverse, const Tensor& d, const std::optional<Tensor>& anchor, double ridge,
+                int64_t begin, int64_t end, int64_t n, const Tensor& t) {
+  parallel_for(0, (end - begin + kRows - 1) / kRows, 1, [&](int64_t first_block, int64_t last_block) {
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t first = begin + block * kRows, rows = std::min(kRows, end - first);
+      std::vector<double> x(static_cast<size_t>(n * rows), 0.0), kept;
+      add_rows(d, first, rows, n, 1.0, x.data());
+      if (anchor) {
+        add_rows(*anchor, first, rows, n, ridge, x.data());
+        kept.resize(x.size(), 0.0);
+        add_rows(*anchor, first, rows, n, 1.0, kept.data());
+        inverse.drop(kept.data(), rows, rows);
+      }
+      inverse.apply(x.data(), rows, rows);
+      const double* rest = anchor ? kept.data() : nullptr;
+      if (t.scalar_type() == ScalarType::Double) {
+        store_rows(x.data(), rest, first, rows, n, data(t));
+      } else {
+        store_rows(x.data(), rest, first, rows, n, static_cast<float*>(t.mutable_data_ptr()));
+      }
+    }
+  });
 }
 
 struct Outputs {
   Outputs(const Tensor& like, int64_t batches)
       : rank(new_empty(like, {batches}, ScalarType::Long)), condition(new_empty(like, {batches}, ScalarType::Double)) {}
-  void set(int64_t batch, const Report& report) {
-    static_cast<int64_t*>(rank.mutable_data_ptr())[batch] = report.rank;
-    data(condition)[batch] = report.condition;
+  void set(int64_t batch, const Spectrum& spectrum) {
+    static_cast<int64_t*>(rank.mutable_data_ptr())[batch] = spectrum.rank;
+    data(condition)[batch] = spectrum.condition;
   }
   Tensor rank, condition;
 };
@@ -164,87 +103,122 @@ struct Outputs {
 std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional<Tensor> anchor, double rcond,
                                                double ridge) {
   const int64_t batches = c.sizes()[0], n = c.sizes()[1], m = d.sizes()[1];
-  const ScalarType type = d.scalar_type();
   Outputs reports(c, batches);
-  if (n == 0) {
-    for (int64_t b = 0; b < batches; ++b) reports.set(b, {0, 1.0});
-    return {torch::stable::clone(d), reports.rank, reports.condition};
-  }
-  const Tensor gram = dense(to_dtype(c, ScalarType::Double));
-  Tensor full = torch::stable::empty_like(gram);
-  parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      check(finite_lower(data(gram) + b * n * n, n), batches > 1 ? indexed("C", b) : "C", " contains NaN or Inf");
-      mirror(data(gram) + b * n * n, n, 0.0, data(full) + b * n * n);
-    }
-  });
-  Tensor rows = torch::stable::clone(dense(to_dtype(d, ScalarType::Double)));
-  Tensor start = rows;
-  if (anchor) {
-    start = dense(to_dtype(*anchor, ScalarType::Double));
-    rows = dense(torch::stable::subtract(rows, aten::matmul(start, full)));
+  c = dense(c);
+  d = dense(d);
+  if (anchor) anchor = dense(*anchor);
+  const Tensor t = torch::stable::empty_like(d);
+  const Storage storage = storage_of(c, "C");
+  const auto solve = [&](int64_t b, const EigenSolver& eigen) {
+    const LowerTriangle matrix{bytes(c) + b * n * n * bytes_of(storage), storage, n};
+    const auto inverse = pseudo_inverse(matrix, ridge, rcond, eigen, batches > 1 ? indexed("C", b) : "C");
+    if (!inverse) return false;
+    reports.set(b, inverse->spectrum);
+    solve_rows(*inverse, d, anchor, ridge, b * m, (b + 1) * m, n, t);
+    return true;
+  };
+  std::vector<char> solved(static_cast<size_t>(batches), false);
+  if (batches > 1 && n <= kMedium) {
+    parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) solved[b] = solve(b, n <= kSmall ? symmetric_eigen : EigenSolver());
+    });
   }
   for (int64_t b = 0; b < batches; ++b) {
-    for (int64_t i = 0; i < n; ++i) data(full)[(b * n + i) * n + i] += ridge;
-  }
-  if (n <= kSmall) {
-    parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const double* matrix = data(full) + b * n * n;
-        reports.set(b, solve_small(std::vector<double>(matrix, matrix + n * n), n, rcond, data(rows) + b * m * n, m));
-      }
-    });
-  } else {
-    for (int64_t b = 0; b < batches; ++b) {
-      Tensor target = reshape(slice(rows, 0, b, 1), {m, n});
-      const Tensor matrix = reshape(slice(full, 0, b, 1), {n, n});
-      const auto [solution, report] = solve_large(matrix, n, rcond, target);
-      torch::stable::copy_(target, solution);
-      reports.set(b, report);
+    if (!solved[b]) {
+      solve(b, [&](std::vector<double> matrix, int64_t size) { return eigenvectors(c, std::move(matrix), size); });
     }
   }
-  if (anchor) axpy(1.0, data(start), data(rows), rows.numel());
-  return {to_dtype(rows, type), reports.rank, reports.condition};
+  return {t, reports.rank, reports.condition};
 }
 
-// T = Yᵀ (X^†)ᵀ with the rows X_k of all experts stacked and Y_k = X_k T_kᵀ: the singular values of X, not their
-// squares, are compared with rcond. A weight w of a token multiplies its row by √w.
+// T = Yᵀ (X^†)ᵀ with the rows X_k of all experts stacked and Y_k = X_k T_kᵀ. A weight w of a token multiplies its row
+// by √w. Where eps over the cut-off's square leaves the result's precision, X^† comes from the smaller of XXᵀ and XᵀX, the
+// squares of whose singular values are compared with rcond²; otherwise from a singular value decomposition.
 std::tuple<Tensor, Tensor, Tensor> layer_solve_features(TensorList xs, TensorList ts, TensorList weights,
                                                         double rcond) {
   const ScalarType type = ts[0].scalar_type();
-  TensorList outputs;
-  for (size_t k = 0; k < xs.size(); ++k) {
-    Tensor x = dense(to_dtype(xs[k], ScalarType::Double));
-    if (!weights.empty()) {
-      x = torch::stable::clone(x);
-      const Tensor weight = dense(to_dtype(weights[k], ScalarType::Double));
-      const int64_t columns = x.sizes()[1];
-      for (int64_t i = 0; i < x.sizes()[0]; ++i) {
-        const double root = std::sqrt(data(weight)[i]);
-        std::for_each(data(x) + i * columns, data(x) + (i + 1) * columns, [&](double& value) { value *= root; });
-      }
-    }
-    outputs.push_back(aten::matmul(x, aten::transpose(to_dtype(ts[k], ScalarType::Double))));
-    xs[k] = x;
-  }
-  const Tensor x = call_aten<1>("aten::cat", "", xs, int64_t{0})[0];
-  const Tensor y = call_aten<1>("aten::cat", "", outputs, int64_t{0})[0];
-  for (int64_t i = 0; i < x.numel(); ++i) check(std::isfinite(data(x)[i]), "xs contains NaN or Inf");
-  const int64_t tokens = x.sizes()[0], n = x.sizes()[1], m = ts[0].sizes()[0];
+  const int64_t n = ts[0].sizes()[1], m = ts[0].sizes()[0];
+  int64_t tokens = 0;
+  for (const Tensor& x : xs) tokens += x.sizes()[0];
+  const Tensor x = new_empty(ts[0], {tokens, n}, ScalarType::Double);
+  const Tensor y = torch::stable::new_zeros(x, std::vector<int64_t>{tokens, m});
+  const auto view = [](const Tensor& matrix, int64_t first, int64_t rows, int64_t columns, bool transposed) {
+    const char* from = bytes(matrix) + first * columns * static_cast<int64_t>(matrix.element_size());
+    const Storage storage = storage_of(matrix, "xs");
+    return transposed ? MatrixView{from, storage, columns, rows, 1, columns}
+                      : MatrixView{from, storage, rows, columns, columns, 1};
+  };
   Outputs reports(x, 1);
+  for (int64_t k = 0, first = 0; k < static_cast<int64_t>(xs.size()); first += xs[k++].sizes()[0]) {
+    const int64_t rows = xs[k].sizes()[0];
+    const Tensor features = dense(xs[k]), solution = dense(ts[k]);
+    std::optional<Tensor> weight;
+    if (!weights.empty()) weight = dense(to_dtype(weights[k], ScalarType::Double));
+    dispatch_storage(storage_of(features, "xs"), [&](auto* type) {
+      const auto* from = reinterpret_cast<decltype(type)>(bytes(features));
+      parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const double root = weight ? std::sqrt(data(*weight)[i]) : 1.0;
+          double sum = 0;
+          for (int64_t j = 0; j < n; ++j) {
+            const double value = root * static_cast<double>(widen(from[i * n + j]));
+            data(x)[(first + i) * n + j] = value;
+            sum += value * 0;
+          }
+          check(sum == 0, "xs contains NaN or Inf");
+        }
+      });
+    });
+    accumulate_product<double>(1.0, view(x, first, rows, n, true), view(solution, 0, m, n, true), nullptr,
+                               data(y) + first * m, m, 1, false);
+  }
   if (tokens == 0 || n == 0) {
     reports.set(0, {0, 1.0});
     return {torch::stable::new_zeros(ts[0], std::vector<int64_t>{m, n}), reports.rank, reports.condition};
   }
+  const Tensor t = torch::stable::new_zeros(x, std::vector<int64_t>{m, n});
+  const double resolution = type == ScalarType::Double ? kEps : std::numeric_limits<float>::epsilon();
+  if (rcond * rcond * resolution >= kEps) {
+    const int64_t size = std::min(tokens, n);
+    const Tensor gram = torch::stable::new_zeros(x, std::vector<int64_t>{size, size});
+    const MatrixView side = view(x, 0, tokens, n, tokens < n);
+    accumulate_product<double>(1.0, side, side, nullptr, data(gram), size, 1, true);
+    const auto inverse = pseudo_inverse(
+        {bytes(gram), Storage::f64, size}, 0.0, rcond * rcond,
+        [&](std::vector<double> matrix, int64_t rank) { return eigenvectors(x, std::move(matrix), rank); }, "xs");
+    reports.set(0, inverse->spectrum);
+    const auto apply = [&](const Tensor& columns, int64_t count) {
+      parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          inverse->apply(data(columns) + b * kRows, count, std::min(kRows, count - b * kRows));
+        }
+      });
+    };
+    if (tokens < n) {
+      apply(y, m);
+      accumulate_product<double>(1.0, view(y, 0, tokens, m, false), view(x, 0, tokens, n, false), nullptr, data(t), n,
+                                 1, false);
+    } else {
+      accumulate_product<double>(1.0, view(y, 0, tokens, m, false), view(x, 0, tokens, n, false), nullptr, data(t), n,
+                                 1, false);
+      solve_rows(*inverse, t, std::nullopt, 0.0, 0, m, n, t);
+    }
+    return {to_dtype(t, type), reports.rank, reports.condition};
+  }
   auto [u, s, vh] = call_aten<3>("aten::linalg_svd", "", x, false, std::optional<std::string>());
-  Report report = cut_spectrum(data(s), std::min(tokens, n), rcond);
-  Tensor left = slice(u, 1, 0, report.rank);
-  Tensor right = slice(vh, 0, 0, report.rank);
-  const Tensor coordinates = dense(aten::matmul(aten::transpose(y), left));
-  divide_columns(coordinates, data(s));
-  report.condition *= report.condition;  // of the Gram matrix XᵀX, as layer_solve reports it
-  reports.set(0, report);
-  return {to_dtype(aten::matmul(coordinates, right), type), reports.rank, reports.condition};
+  const int64_t count = std::min(tokens, n);
+  const double cut = std::max(rcond, static_cast<double>(count) * kEps) * data(s)[0];
+  const int64_t rank = std::find_if(data(s), data(s) + count, [&](double value) { return !(value > cut); }) - data(s);
+  // The condition of the Gram matrix XᵀX, as layer_solve reports it.
+  reports.set(0, {rank, rank == 0 ? 1.0 : std::pow(data(s)[0] / data(s)[rank - 1], 2)});
+  const Tensor left = dense(slice(u, 1, 0, rank));
+  parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < rank; ++j) data(left)[i * rank + j] /= data(s)[j];
+    }
+  });
+  const Tensor coordinates = aten::matmul(aten::transpose(y), left);
+  return {to_dtype(aten::matmul(coordinates, slice(vh, 0, 0, rank)), type), reports.rank, reports.condition};
 }
 
 }  // namespace

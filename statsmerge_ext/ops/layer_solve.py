@@ -48,8 +48,10 @@ def layer_solve(
       "ridge":     1/(λ + ridge)
       "spectral":  as "pinv", but directions that are left out keep the anchor
 
-    Everything is computed in float64. A positive definite C far from singular is factorised by Cholesky; its condition
-    is then an estimate, from below and good to a few per cent.
+    Everything is computed in float64: a residual in float64, as refining a float32 factorisation takes, would cost as
+    much as solving in float64 does. C is factorised by Cholesky where that shows which eigenvalues lie above the cut,
+    with pivoting where its rank is markedly below its size; the condition is then an estimate, from below and good to a
+    few per cent. Otherwise its eigenvectors are computed.
 
     Args:
         C: [.., in, in], float32 or float64; only the lower triangle is read, as `gram_accumulate_` leaves it.
@@ -127,9 +129,10 @@ def layer_solve_features(
 ) -> LayerSolution:
     """The "pinv" solution T = argmin Σ_k ‖X_k (T − T_k)ᵀ‖² of smallest norm, from the features instead of their Grams.
 
-    With X the rows of all experts stacked and Y = [X_k T_kᵀ], T = (X^† Y)ᵀ by a singular value decomposition of X in
-    float64. No Gram is formed, so the condition number is not squared: the cut-off acts on the singular values of X.
-    Made for fewer tokens than inputs, where it costs tokens² · in.
+    With X the rows of all experts stacked and Y = [X_k T_kᵀ], T = (X^† Y)ᵀ in float64; the cut-off acts on the singular
+    values of X. Made for fewer tokens than inputs, where it costs tokens² · in. Where the cut-off is so coarse that the
+    squared condition number of what is kept leaves T's precision, as with float32 features of many inputs, X^† comes
+    from the Gram matrix of X's smaller side, otherwise from a singular value decomposition of X.
 
     Args:
         xs: K tensors [tokens_k, in], float64, float32, bfloat16 or float16.

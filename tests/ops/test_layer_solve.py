@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from statsmerge_ext import _C
 from statsmerge_ext.ops import diagonal_solve, gram_accumulate_, layer_solve, layer_solve_features
 from statsmerge_ext.ops.layer_solve import layer_solve_features_reference, layer_solve_reference
 
@@ -141,12 +142,115 @@ def test_empty_shapes():
     assert layer_solve(torch.zeros(0, 0), torch.zeros(3, 0)).T.shape == (3, 0)
 
 
-@pytest.mark.parametrize("n", [9, 100])
-def test_does_not_depend_on_threads(n, with_threads):
-    c, d = system(n, n // 2, 5, batch=(4,))
+@pytest.mark.parametrize("n", [9, 100, 300])
+@pytest.mark.parametrize("full_rank", [True, False])
+def test_does_not_depend_on_threads(n, full_rank, with_threads):
+    c, d = system(n, 2 * n if full_rank else n // 2, 5, batch=(4,))
     a, b = (with_threads(threads, lambda: layer_solve(c, d)) for threads in (1, 2))
-    torch.testing.assert_close(a.T, b.T, rtol=1e-9, atol=1e-9)
-    assert torch.equal(a.rank, b.rank)
+    assert torch.equal(a.T, b.T) and torch.equal(a.rank, b.rank) and torch.equal(a.condition, b.condition)
+
+
+def with_spectrum(values: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A symmetric float64 matrix of these eigenvalues, and its eigenvectors as columns."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator)).Q
+    c = q * values @ q.T
+    return (c + c.T) / 2, q
+
+
+def check_against_eigenvectors(c: Tensor, d: Tensor, rcond: float) -> None:
+    """The rank of float64's eigenvalues, and a result whose error is a small multiple of eps times the condition.
+
+    Where eigenvalues lie so near the cut that rounding decides about them, they may be counted either way; the result
+    is then compared with the one that keeps as many.
+    """
+    solution = layer_solve(c, d, rcond=rcond)
+    n = c.shape[0]
+    eps = torch.finfo(torch.float64).eps
+    values, vectors = torch.linalg.eigh(c.double())
+    largest = values[-1].clamp_min(0)
+    cut, rounding = max(rcond, n * eps) * largest, 4 * n * eps * largest
+    rank = int(solution.rank)
+    assert (values > cut + rounding).sum() <= rank <= (values > cut - rounding).sum()
+    kept, basis = values[n - rank :], vectors[:, n - rank :]
+    if rank == 0:
+        assert solution.T.count_nonzero() == 0 and solution.condition == 1
+        return
+    exact = (d.double() @ basis / kept) @ basis.T
+    condition = (largest / kept[0]).item()
+    assert 0.7 * condition <= solution.condition.item() <= 1.01 * condition + 10 * n * eps * condition**2
+    scale = d.double().norm() / kept[0]
+    resolution = torch.finfo(d.dtype).eps if d.dtype == torch.float32 else 0
+    gap = kept[0] - (values[n - rank - 1] if rank < n else 0)  # eigenvectors near the cut are known up to this
+    bound = 20 * n * eps * condition * max(1.0, (kept[0] / gap).item())
+    assert (solution.T.double() - exact).norm() <= bound * scale + resolution * exact.norm()
+
+
+SPECTRA = {
+    "gap": lambda n: torch.where(torch.arange(n) < (n + 1) // 2, torch.linspace(1, 0.1, n), 0),
+    "full": lambda n: torch.linspace(1, 1e-3, n),
+    "decay": lambda n: torch.logspace(0, -15, n),
+    "slow decay": lambda n: torch.logspace(0, -4, n),
+    "cluster at the cut": lambda n: torch.where(torch.arange(n) < n // 3, 1.0, 1e-6),
+    "rank 1": lambda n: torch.eye(n)[0] * 3,
+    "zero": lambda n: torch.zeros(n),
+    "noise below zero": lambda n: torch.where(torch.arange(n) < n // 4, 1.0, -1e-13),
+    "negative": lambda n: -torch.linspace(0.1, 1, n),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("n", [20, 90, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_spectrum(spectrum, n, dtype):
+    c, _ = with_spectrum(SPECTRA[spectrum](n).double())
+    d = torch.randn(4, n, dtype=torch.float64) @ c
+    for rcond in (1e-12, 1e-6, 1e-2):
+        check_against_eigenvectors(c.to(dtype), d.to(dtype), rcond)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    rank=st.floats(0, 1),
+    decay=st.floats(0, 16),
+    rcond=st.sampled_from([0.0, 1e-10, 1e-7, 1e-3]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    scale=st.sampled_from([1e-20, 1.0, 1e20]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_spectrum(n, rank, decay, rcond, dtype, scale, seed):
+    values = torch.logspace(0, -decay, n, dtype=torch.float64) * (torch.arange(n) < rank * n)
+    c, _ = with_spectrum(values, seed)
+    c = (c * scale).to(dtype)
+    check_against_eigenvectors(c, torch.randn(3, n, dtype=dtype, generator=torch.Generator().manual_seed(seed)), rcond)
+
+
+@pytest.mark.parametrize("n", [9, 90])
+@pytest.mark.parametrize("filter", ["pinv", "ridge", "spectral"])
+def test_strides_do_not_matter(n, filter):
+    c, d = system(n, n // 2, 5, batch=(3,))
+    options = {"ridge": 0.1} if filter == "ridge" else {}
+    anchor = None if filter == "pinv" else torch.randn_like(d)
+    expected = layer_solve(c, d, filter=filter, anchor=anchor, **options)
+    wide = torch.full((3, n, 2 * n), torch.nan, dtype=c.dtype)
+    wide[:, :, ::2] = c
+    solution = layer_solve(wide[:, :, ::2], d.mT.contiguous().mT, filter=filter, anchor=anchor, **options)
+    assert torch.equal(solution.T, expected.T) and torch.equal(solution.rank, expected.rank)
+
+
+@pytest.mark.parametrize("target", _C.build_info()["cpu_targets"])
+@pytest.mark.parametrize("tokens", [70, 400])
+def test_every_instruction_set(target, tokens):
+    c, d = system(150, tokens, 200)
+    before = _C.cpu_target()
+    try:
+        _C.set_cpu_target(target)
+        solution = layer_solve(c, d)
+    finally:
+        _C.set_cpu_target(before)
+    exact = d @ torch.linalg.pinv(c, hermitian=True)
+    assert (solution.T - exact).norm() <= 1e-10 * exact.norm() and solution.rank == min(tokens, 150)
 
 
 @settings(max_examples=40, deadline=None)
@@ -270,6 +374,31 @@ def test_features_match_their_reference():
         torch.testing.assert_close(ours.T, reference.T)
         assert ours.rank == reference.rank
         torch.testing.assert_close(ours.condition, reference.condition)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    n=st.integers(1, 90),
+    copies=st.booleans(),
+    rcond=st.sampled_from([1e-4, 3e-2]),
+    seed=st.integers(0, 2**31),
+)
+def test_features_with_a_coarse_cut_off(tokens, n, copies, rcond, seed):
+    generator = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(t, n, generator=generator) for t in tokens]
+    if copies:
+        xs = [x[: len(x) // 2].repeat(2, 1) for x in xs]
+    ts = [torch.randn(5, n, generator=generator) for _ in tokens]
+    weight = [torch.rand(len(x), generator=generator) for x in xs]
+    ours = layer_solve_features(xs, ts, weight=weight, rcond=rcond)
+    if not sum(len(x) for x in xs):
+        assert ours.rank == 0 and ours.T.count_nonzero() == 0
+        return
+    reference = layer_solve_features_reference(xs, ts, weight=weight, rcond=rcond)
+    torch.testing.assert_close(ours.T, reference.T, rtol=1e-5, atol=1e-5)
+    assert ours.rank == reference.rank
+    assert 0.7 * reference.condition <= ours.condition <= 1.01 * reference.condition
 
 
 def test_features_without_tokens_give_zero():

@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/vector.h"
+// For helpers that are to be compiled into every instruction set's own kernels.
+#define STATSMERGE_INLINE inline __attribute__((always_inline))
 
 namespace statsmerge {
 

@@ -117,10 +117,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_solve(Tensor c, Tensor d, std::optional
     solve_rows(*inverse, d, anchor, ridge, b * m, (b + 1) * m, n, t);
     return true;
   };
+  const EigenSolver small = [](const std::vector<double>& matrix, int64_t size) { return symmetric_eigen(matrix, size); };
   std::vector<char> solved(static_cast<size_t>(batches), false);
   if (batches > 1 && n <= kMedium) {
     parallel_for(0, batches, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) solved[b] = solve(b, n <= kSmall ? symmetric_eigen : EigenSolver());
+      for (int64_t b = begin; b < end; ++b) solved[b] = solve(b, n <= kSmall ? small : EigenSolver());
     });
   }
   for (int64_t b = 0; b < batches; ++b) {

@@ -7,6 +7,7 @@ RegMean's shrinkage needs. For norm scales and embeddings G_k is diagonal, and i
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ def _add_expert(
         if leader in evidence.grams:
             evidence.grams[leader] += gram
         else:
-            evidence.grams[leader] = gram.clone()
+            evidence.grams[leader] = gram
     for name, weights in collector.weights.items():
         evidence.weights.setdefault(name, weights.new_zeros(count, *weights.shape))[k] = weights
     for layer in layers:
@@ -165,11 +166,10 @@ def _add_expert(
         if gram is None:
             continue
         task_vector = layer.part(expert[layer.parameter]).to(gram) - layer.part(base[layer.parameter]).to(gram)
-        product = layer.matrices(task_vector) @ gram
-        if layer.name in evidence.products:
-            evidence.products[layer.name] += product
-        else:
-            evidence.products[layer.name] = product
+        matrices = layer.matrices(task_vector)
+        if layer.name not in evidence.products:
+            evidence.products[layer.name] = torch.zeros_like(matrices)
+        ops.gram_accumulate_(evidence.products[layer.name], matrices.mT, other=gram)
 
 
 class _Collector:
@@ -228,15 +228,24 @@ class _Collector:
 
     def _add_gram(self, layer: Layer, observation: Observation) -> None:
         x = observation.features()
-        if layer.source != "patches":
-            x = x.unsqueeze(0)
+        geometry = observation.view if layer.source == "patches" else None
+        if geometry is None:
+            tokens, groups, columns = x.shape[:-1], 1, x.shape[-1]
+        else:
+            outputs = geometry.outputs(x.shape[2:])
+            tokens, groups = torch.Size([x.shape[0] * math.prod(outputs)]), geometry.groups
+            columns = x.shape[1] // groups * math.prod(geometry.kernel_size)
         if layer.name not in self.grams:
-            self.grams[layer.name] = x.new_zeros(x.shape[0], x.shape[-1], x.shape[-1], dtype=self.gram_dtype)
-        weight = self._token_weight(observation, x.shape[1:-1])
-        count = x[0, ..., 0].numel() if weight is None else int(weight.sum())
+            self.grams[layer.name] = x.new_zeros(groups, columns, columns, dtype=self.gram_dtype)
+        weight = self._token_weight(observation, tokens)
+        count = tokens.numel() if weight is None else int(weight.sum())
         self.tokens[layer.name] = self.tokens.get(layer.name, 0) + count
-        weight = None if weight is None else weight.unsqueeze(0)
-        ops.gram_accumulate_(self.grams[layer.name], x, weight=weight)
+        if geometry is None:
+            weight = None if weight is None else weight.unsqueeze(0)
+            ops.gram_accumulate_(self.grams[layer.name], x.unsqueeze(0), weight=weight)
+        else:
+            weight = None if weight is None else weight.reshape(x.shape[0], *outputs)
+            ops.gram_accumulate_patches_(self.grams[layer.name], x, **vars(geometry), weight=weight)
 
     def _add_squares(self, layer: Layer, observation: Observation) -> None:
         x = observation.features().to(self.gram_dtype)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -22,21 +21,38 @@ _CONVOLUTION_FUNCTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How a convolution cuts patches from its input: the options of ``ops.gram_accumulate_patches_``."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def outputs(self, size: torch.Size) -> list[int]:
+        """The convolution's output sizes for an input with spatial sizes ``size``."""
+        sides = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return [(n + sum(pad) - spread * (k - 1) - 1) // step + 1 for n, k, step, pad, spread in sides]
+
+
+@dataclass(frozen=True)
 class Observation:
     """The input of one or several layers in one call of their module.
 
     Attributes:
         layers: the layers of the module that read this input.
         input: the tensor as the model passed it. Layers that see the very same tensor share their evidence.
-        view: how the features are cut from ``input`` (a convolution's geometry); part of what must agree to share.
-        features: computes them: [..., in] for "input"-like sources, [groups, tokens, in] for "patches",
+        view: how the features are cut from ``input``, where that is not the same for all layers; what must agree to
+            share. A :class:`Geometry` for "patches".
+        features: computes them: [..., in] for "input"-like sources, the input [N, C, *spatial] for "patches",
             [..., *scale shape] for "normalised", the indices themselves for "indices".
         tokens_first: the module's sequences are laid out [tokens, batch, …] instead of [batch, tokens, …].
     """
 
     layers: tuple[Layer, ...]
     input: Tensor
-    view: tuple
+    view: Geometry | tuple
     features: Callable[[], Tensor]
     tokens_first: bool = False
 
@@ -90,9 +106,15 @@ class _Watcher(TorchFunctionMode):
         layers = self.convolutions.get(id(weight))
         if layers:
             dims = weight.dim() - 2
-            geometry = (tuple(weight.shape[2:]), _tuple(stride, dims), _padding(padding, weight, dilation))
-            geometry += (_tuple(dilation, dims), groups)
-            self.receive(Observation(layers, input, geometry, lambda: patches(input, *geometry)))
+            geometry = Geometry(
+                tuple(weight.shape[2:]),
+                _tuple(stride, dims),
+                _padding(padding, weight, dilation),
+                _tuple(dilation, dims),
+                groups,
+            )
+            batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
+            self.receive(Observation(layers, input, geometry, lambda: batched))
 
     def hook(self, module: nn.Module, layers: tuple[Layer, ...]):
         """The forward pre-hook of ``module``, which owns ``layers``."""
@@ -162,22 +184,6 @@ def normalised(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     trailing = x.shape[x.dim() - weight.dim() :] == weight.shape
     channels_first = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)) or not trailing
     return x.movedim(1, -1) if channels_first else x
-
-
-def patches(
-    x: Tensor, kernel: tuple, stride: tuple, padding: tuple[tuple[int, int], ...], dilation: tuple, groups: int
-) -> Tensor:
-    """The unfolded input of a convolution: ``x`` [N, C, *spatial] or [C, *spatial] to [groups, tokens, C / groups · Π kernel],
-    in the order of the weight's own flattening, for any number of spatial dimensions."""
-    dims = len(kernel)
-    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    # Unfolding copies single elements: channel-last memory would make every one of them a cache miss.
-    x = F.pad(x.contiguous(), [side for pair in reversed(padding) for side in pair])
-    for axis in range(dims):
-        x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])[..., :: dilation[axis]]
-    # [N, C, *positions, *kernel] -> [groups, N, *positions, C / groups, *kernel]
-    x = x.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, 2 + dims)
-    return x.flatten(1, 1 + dims).flatten(2)
 
 
 def _tuple(value, dims: int) -> tuple:

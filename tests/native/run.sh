@@ -9,6 +9,6 @@ for variant in "${variants[@]}"; do
   echo "native tests, sanitizers: $variant"
   directory=build/native-${variant//,/-}
   cmake -S tests/native -B "$directory" -G Ninja -DSANITIZE="${variant#none}" >/dev/null
-  cmake --build "$directory" >/dev/null
+  cmake --build "$directory" >"$directory/build.log" || { cat "$directory/build.log"; exit 1; }
   "$directory/native_tests"
 done

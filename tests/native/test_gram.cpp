@@ -1,5 +1,7 @@
 #include <algorithm>
 
+#include <limits>
+
 #include "check.h"
 #include "cpu/kernels/gram.h"
 

@@ -24,7 +24,10 @@ def demangled(names: list[str]) -> list[str]:
     if not names or shutil.which("c++filt") is None:
         return names
     run = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    return [re.sub(r"^void |\(.*|statsmerge::|cuda::|\(anonymous namespace\)::", "", line) for line in run.stdout.split("\n")]
+    return [
+        re.sub(r"^void |\(.*|statsmerge::|cuda::|\(anonymous namespace\)::", "", line)
+        for line in run.stdout.split("\n")
+    ]
 
 
 def kernels(log: str) -> list[tuple[str, str, int, int, int, int]]:

@@ -140,7 +140,6 @@ __global__ void __launch_bounds__(256) product_kernel(const double* matrices, in
   if (row >= rows) return;
   const double* vector = x + row / n * x_stride;
   double sum = 0;
-#pragma unroll 4
   for (int64_t j = threadIdx.x % 32; j < n; j += 32) sum += matrices[row * n + j] * vector[j];
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) y[row] = sum;

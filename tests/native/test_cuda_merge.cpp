@@ -1,10 +1,12 @@
-// The merge kernels' threads, run by loops on the host instead of a launch: every element is merged once, whatever its
-// type, its tensor's size and its place in memory.
+// The merge kernels on the host: every element is merged once, whatever its type, its tensor's size and its place in
+// memory. Mostly by loops over the threads' functions; a few launches run the kernels themselves.
 #include <algorithm>
 #include <cstring>
 
 #include "check.h"
-#include "cuda/merge_threads.h"
+#include "emulated_device.h"
+// after what stands for the device
+#include "cuda/weighted_merge.cuh"
 
 namespace {
 
@@ -249,4 +251,40 @@ NATIVE_TEST(cuda_chunks_are_whole_tiles) {
     CHECK(chunk_size(numel) % kTile == 0 && chunk_size(numel) >= kTile && chunk_size(numel) <= 16 * kTile);
     CHECK(numel / chunk_size(numel) < 0x7fffffff);
   }
+}
+
+NATIVE_TEST(cuda_merge_kernels_agree_with_their_threads) {
+  const std::vector<int64_t> sizes = {3, 0, 4096, 9001, 0};
+  const int64_t tasks = 9;
+  std::vector<Stored> base, out, expected, taus;
+  for (auto* stored : {&base, &out, &expected}) stored->reserve(sizes.size());
+  taus.reserve(sizes.size() * tasks);
+  Launch launch, reference;
+  for (const int64_t numel : sizes) {
+    base.emplace_back(normal(numel, numel), Storage::bf16);
+    out.emplace_back(std::vector<double>(numel, 5.0), Storage::bf16);
+    expected.emplace_back(std::vector<double>(numel, 6.0), Storage::bf16);
+    std::vector<TaskVector> row;
+    for (int64_t k = 0; k < tasks; ++k) {
+      taus.emplace_back(normal(numel, 7 * numel + k), k % 2 ? Storage::f32 : Storage::bf16);
+      row.push_back({taus.back().data, taus.back().storage, 0, nullptr, nullptr, 1});
+      launch.coefficients.push_back(0.1 * static_cast<double>(k));
+    }
+    launch.add(base.back(), &out.back(), numel, true, row);
+    reference.add(base.back(), &expected.back(), numel, true, row);
+  }
+  reference.coefficients = launch.coefficients;
+  const MergeArguments a = launch.arguments(kTile);
+  run_merge(reference.arguments(kTile));
+  const unsigned chunks = static_cast<unsigned>(a.chunk_start[a.layer_count]);
+  emulated::launch({chunks, 1}, kThreads, [&] { merge_kernel(a); });
+  for (size_t l = 0; l < sizes.size(); ++l) {
+    for (int64_t i = 0; i < sizes[l]; ++i) CHECK(out[l][i] == expected[l][i], l, i);
+  }
+  std::vector<double> partial(static_cast<size_t>(chunks * tasks), NAN), sums(static_cast<size_t>(a.layer_count * tasks), NAN);
+  emulated::launch({chunks, 2}, kThreads, [&] { chunk_dot_kernel(a, partial.data()); });
+  const unsigned blocks = static_cast<unsigned>((sums.size() * 32 + kThreads - 1) / kThreads);
+  emulated::launch({blocks, 1}, kThreads, [&] { sum_chunks_kernel(a, partial.data(), sums.data()); });
+  const auto exact = run_dot(a);
+  for (size_t i = 0; i < sums.size(); ++i) CHECK(std::abs(sums[i] - exact[i]) <= 1e-12 * (1 + std::abs(exact[i])), i);
 }

@@ -7,7 +7,7 @@
 #   STAGE       only these, by name or beginning of a name: build, tests, topk_svd, ..., memcheck, racecheck
 # Environment: PYTHON (python3), TORCH_CUDA_ARCH_LIST (9.0a), COMMIT (of the checkout, where git is not there to tell),
 # SECONDS_IN_ALL (570).
-# Leaves in OUT: environment.txt, a log for every stage, tests.xml, OPERATOR.json, summary.json, summary.txt.
+# Exits with 0 where every stage did. Leaves in OUT: environment.txt, a log for every stage, tests.xml, OPERATOR.json, summary.json, summary.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -73,6 +73,7 @@ if ! $dry; then
   mkdir -p "$OUT"
   OUT=$(cd "$OUT" && pwd)
   export OUT
+  rm -f "$OUT/stages.txt"
   toolkit
   environment | tee "$OUT/environment.txt"
 fi
@@ -87,4 +88,6 @@ done
 # without torch's own pool every tensor is an allocation whose bounds the sanitizer knows
 stage memcheck 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" --tool memcheck "${chosen[@]}"
 stage racecheck 75 "${sanitizer[@]}" --tool racecheck "${chosen[@]}"
-$dry || "$python" -m benchmarks.gpu.table "$OUT"
+$dry && exit
+"$python" -m benchmarks.gpu.table "$OUT"
+! grep -qv ' 0 [0-9]*$' "$OUT/stages.txt"

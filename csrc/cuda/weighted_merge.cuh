@@ -12,6 +12,13 @@
 
 namespace statsmerge::cuda {
 
+// Blocks that a multiprocessor is to hold: as many as there are registers for without spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kBlocks = 5;
+#else
+constexpr int kBlocks = 4;
+#endif
+
 // The tensor that this block's chunk belongs to, found by every warp for itself. Tensors without elements have no
 // chunks: of those that start at one chunk, the last has it.
 __device__ inline int64_t layer_of_block(const MergeArguments& a) {
@@ -23,7 +30,7 @@ __device__ inline int64_t layer_of_block(const MergeArguments& a) {
   return search.low;
 }
 
-__global__ void __launch_bounds__(kThreads, 5) merge_kernel(MergeArguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) merge_kernel(MergeArguments a) {
   const int64_t l = layer_of_block(a);
   const Range chunk = chunk_range(a, l, blockIdx.x);
   if (a.layers[l].wide) {
@@ -34,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 5) merge_kernel(MergeArguments a) {
 }
 
 // partial[chunk, k] = <gradient, task vector k> over the chunk, for kTasksAtOnce tasks from kTasksAtOnce · blockIdx.y on.
-__global__ void __launch_bounds__(kThreads, 5) chunk_dot_kernel(MergeArguments a, double* partial) {
+__global__ void __launch_bounds__(kThreads, kBlocks) chunk_dot_kernel(MergeArguments a, double* partial) {
   __shared__ double sums[kTasksAtOnce * kThreads];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int64_t first = int64_t{kTasksAtOnce} * blockIdx.y, left = a.tasks - first;

@@ -215,11 +215,10 @@ def test_a_large_system(device):
 def test_features_match_the_reference(device, tokens, dtype, weighted):
     xs, ts = [torch.randn(t, 24).to(dtype) for t in tokens], [torch.randn(5, 24) for _ in tokens]
     weight = [torch.rand(t) for t in tokens] if weighted else None
-    options = [{"weight": w, "rcond": rcond} for rcond in (1e-6, 0.5) for w in (weight,)]
-    for option in options:
-        moved = {**option, "weight": weight and [w.to(device) for w in weight]}
-        ours = layer_solve_features([x.to(device) for x in xs], [t.to(device) for t in ts], **moved)
-        reference = layer_solve_features_reference(xs, ts, **option)
+    for rcond in (1e-6, 0.5):
+        moved = [x.to(device) for x in xs], [t.to(device) for t in ts]
+        ours = layer_solve_features(*moved, weight=weight and [w.to(device) for w in weight], rcond=rcond)
+        reference = layer_solve_features_reference(xs, ts, weight=weight, rcond=rcond)
         torch.testing.assert_close(ours.T.cpu(), reference.T, rtol=1e-4, atol=1e-5)
         assert ours.rank.item() == reference.rank.item()
         assert ours.condition.item() == pytest.approx(reference.condition.item(), rel=1e-6)

@@ -80,7 +80,7 @@ fi
 sanitizer=(compute-sanitizer --error-exitcode 9 --launch-timeout 60)
 chosen=("$python" -m pytest -q -x -m "cuda and sanitize" -p no:cacheprovider tests/cuda)
 
-stage build 240 "$python" setup.py build_ext --inplace
+stage build 240 env FORCE_CUDA=1 "$python" setup.py build_ext --inplace
 stage tests 150 "$python" -m pytest -q -m cuda -p no:cacheprovider --junitxml="${OUT:-OUT}/tests.xml" tests/cuda
 for operator in weighted_merge gram layer_solve topk_svd; do
   stage "$operator" 75 "$python" -m benchmarks.gpu "$operator" --out "${OUT:-OUT}"

@@ -14,6 +14,9 @@
 
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
+#define EMULATOR_INTERNAL __attribute__((no_sanitize_thread, noinline))
+#else
+#define EMULATOR_INTERNAL
 #endif
 
 #define __global__ static
@@ -26,6 +29,12 @@
 extern char __start_emulated_shared[] __attribute__((weak));
 extern char __stop_emulated_shared[] __attribute__((weak));
 
+// A coordinate that the emulator sets and kernels read.
+struct Coordinate {
+  EMULATOR_INTERNAL operator unsigned() const { return value; }
+  EMULATOR_INTERNAL void operator=(unsigned to) { value = to; }
+  unsigned value = 0;
+};
 struct Index {
   unsigned x = 0, y = 0;
 };
@@ -35,7 +44,10 @@ struct double2 {
 inline double2 make_double2(double x, double y) { return {x, y}; }
 using std::isfinite;
 
-inline Index threadIdx, blockIdx;
+struct Coordinates {
+  Coordinate x, y;
+};
+inline Coordinates threadIdx, blockIdx;
 
 namespace emulated {
 
@@ -53,37 +65,49 @@ inline ucontext_t scheduler;
 inline void* scheduler_sanitizer = nullptr;
 inline const std::function<void()>* kernel_call = nullptr;
 
-inline void switch_sanitizer([[maybe_unused]] void* fiber) {
+// What orders memory between threads: what comes before a release is seen after an acquire of the same place.
+inline void release([[maybe_unused]] void* place) {
 #ifdef __SANITIZE_THREAD__
-  __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
+  __tsan_release(place);
 #endif
 }
 
-inline void yield() {
-  Fiber& self = fibers[threadIdx.x];
-  switch_sanitizer(scheduler_sanitizer);
-  swapcontext(&self.context, &scheduler);
+inline void acquire([[maybe_unused]] void* place) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_acquire(place);
+#endif
 }
+
+EMULATOR_INTERNAL inline void switch_to(void* sanitizer, ucontext_t* from, const ucontext_t* to) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(sanitizer, __tsan_switch_to_fiber_no_sync);
+#else
+  (void)sanitizer;
+#endif
+  swapcontext(from, to);
+}
+
+EMULATOR_INTERNAL inline void yield() { switch_to(scheduler_sanitizer, &fibers[threadIdx.x].context, &scheduler); }
 
 class Barrier {
  public:
   explicit Barrier(int size = 0) : size_(size) {}
   void wait() {
+    release(this);
+    pass();
+    acquire(this);
+  }
+
+ private:
+  EMULATOR_INTERNAL void pass() {
     const int64_t now = passed_;
-#ifdef __SANITIZE_THREAD__
-    __tsan_release(this);
-#endif
     if (++arrived_ == size_) {
       arrived_ = 0;
       ++passed_;
     }
     while (passed_ == now) yield();
-#ifdef __SANITIZE_THREAD__
-    __tsan_acquire(this);
-#endif
   }
 
- private:
   int size_, arrived_ = 0;
   int64_t passed_ = 0;
 };
@@ -109,10 +133,28 @@ T exchange(T value, const std::function<T(const uint64_t*)>& read) {
   return result;
 }
 
-inline void run_fiber() {
-  (*kernel_call)();
+EMULATOR_INTERNAL inline void finish() {
   fibers[threadIdx.x].done = true;
   yield();
+}
+
+inline void run_fiber() {
+  acquire(&scheduler);
+  (*kernel_call)();
+  release(&scheduler);
+  finish();
+}
+
+EMULATOR_INTERNAL inline void run_fibers(int threads) {
+  for (int running = threads; running > 0;) {
+    for (int thread = 0; thread < threads; ++thread) {
+      Fiber& fiber = fibers[static_cast<size_t>(thread)];
+      if (fiber.done) continue;
+      threadIdx.x = static_cast<unsigned>(thread);
+      switch_to(fiber.sanitizer, &scheduler, &fiber.context);
+      running -= fiber.done;
+    }
+  }
 }
 
 inline void run_block(int threads) {
@@ -123,9 +165,6 @@ inline void run_block(int threads) {
   }
   std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
   fibers.resize(std::max(fibers.size(), static_cast<size_t>(threads)));
-#ifdef __SANITIZE_THREAD__
-  scheduler_sanitizer = __tsan_get_current_fiber();
-#endif
   for (int thread = 0; thread < threads; ++thread) {
     Fiber& fiber = fibers[static_cast<size_t>(thread)];
     getcontext(&fiber.context);
@@ -134,31 +173,24 @@ inline void run_block(int threads) {
     makecontext(&fiber.context, run_fiber, 0);
     fiber.done = false;
 #ifdef __SANITIZE_THREAD__
-    fiber.sanitizer = __tsan_create_fiber(0);
+    scheduler_sanitizer = __tsan_get_current_fiber();
+    if (fiber.sanitizer == nullptr) fiber.sanitizer = __tsan_create_fiber(0);
 #endif
   }
-  for (int running = threads; running > 0;) {
-    for (int thread = 0; thread < threads; ++thread) {
-      Fiber& fiber = fibers[static_cast<size_t>(thread)];
-      if (fiber.done) continue;
-      threadIdx.x = static_cast<unsigned>(thread);
-      switch_sanitizer(fiber.sanitizer);
-      swapcontext(&scheduler, &fiber.context);
-      running -= fiber.done;
-    }
-  }
-#ifdef __SANITIZE_THREAD__
-  for (int thread = 0; thread < threads; ++thread) {
-    __tsan_destroy_fiber(fibers[static_cast<size_t>(thread)].sanitizer);
-  }
-#endif
+  release(&scheduler);
+  run_fibers(threads);
+  acquire(&scheduler);
 }
 
 // kernel<<<grid, threads>>>(...) with the call in `kernel`.
 inline void launch(Index grid, int threads, const std::function<void()>& kernel) {
   kernel_call = &kernel;
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx.x = x;
+      blockIdx.y = y;
+      run_block(threads);
+    }
   }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -83,7 +84,11 @@ def same_kind(like: Any) -> Callable[[Any], Any]:
     def convert(result: Any) -> Any:
         if isinstance(result, Tensor):
             result = result.detach()
-            return result.numpy() if array_module is np else array_module.from_dlpack(result)
+            if array_module is np:
+                return result.numpy()
+            # torch exports tensors of the current device only
+            with torch.cuda.device(result.device) if result.is_cuda else nullcontext():
+                return array_module.from_dlpack(result)
         if isinstance(result, tuple):
             return type(result)(*(convert(item) for item in result))
         if isinstance(result, list):

@@ -154,7 +154,7 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // An operand's parts [tokens, columns], from which panels of kPanelColumns columns and `step` tokens are copied.
-CUtensorMap tensor_map(const MmaOperand& operand, bool half, int parts, int64_t tokens, int64_t columns, int step) {
+CUtensorMap tensor_map(const Operand& operand, bool half, int parts, int64_t tokens, int64_t columns, int step) {
   static const auto encode = tensor_map_encoder();
   const cuuint64_t size[3]{static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(tokens),
                            static_cast<cuuint64_t>(parts)};
@@ -177,7 +177,7 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 
 // gram (one matrix) += leftᵀ right over `tokens` tokens.
 template <int kParts, bool kHalf>
-void add_tiles(const Tensor& gram, const MmaOperand& left, const MmaOperand& right, int64_t tokens,
+void add_tiles(const Tensor& gram, const Operand& left, const Operand& right, int64_t tokens,
                const Steps& listed) {
   using Wgmma = WgmmaTile<kParts>;
   using Mma = MmaTile<kParts>;
@@ -202,7 +202,7 @@ void add_tiles(const Tensor& gram, const MmaOperand& left, const MmaOperand& rig
   const unsigned blocks = grid(std::min(p.schedule.units(), processors));
   if (wgmma) {
     const auto kernel = gram_wgmma_kernel<kParts, kHalf>;
-    const auto map = [&](const MmaOperand& operand) {
+    const auto map = [&](const Operand& operand) {
       return tensor_map(operand, kHalf, kParts, tokens, p.columns, Wgmma::kTokens);
     };
     allow_shared_memory(kernel, Wgmma::kSharedBytes);
@@ -241,14 +241,13 @@ void add_prepared(const Tensor& gram, const Tensor& x, const float* weight, Kept
     Tensor rows = slice(x, 0, first, n);
     if (rows.stride(1) != 1) rows = dense(rows);
     int *const used = count + 1, *const list = used + steps;
-    const MmaOperand left{data<uint16_t>(workspace), pitch, part_stride};
-    const MmaOperand right{left.data + (operands - 1) * kParts * part_stride, pitch, part_stride};
-    Features<T> features{data<const T>(rows), rows.stride(0), n, columns, weight ? weight + first : nullptr, kept};
-    features.vectors =
-        features.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(features.data) % alignof(Four<T>) == 0;
-    uint16_t* const left_out = data<uint16_t>(workspace);
-    const Prepared prepared{left_out, operands == 2 ? left_out + kParts * part_stride : nullptr, pitch, part_stride,
-                            used};
+    uint16_t *const left_out = data<uint16_t>(workspace), *const right_out = left_out + (operands - 1) * kParts * part_stride;
+    const Operand left{left_out, pitch, part_stride}, right{right_out, pitch, part_stride};
+    const bool vectors = rows.stride(0) % 4 == 0 &&
+                         reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % alignof(Four<T>) == 0;
+    const Features<T> features{data<const T>(rows),           rows.stride(0), n,      columns,
+                               weight ? weight + first : nullptr, kept,           vectors};
+    const Prepared prepared{left_out, operands == 2 ? right_out : nullptr, pitch, part_stride, used};
     const dim3 blocks(grid(steps), grid(ceil_div(columns, kPrepareColumns)));
     prepare_kernel<kParts, T><<<blocks, kPrepareThreads, 0, stream>>>(features, prepared);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -283,7 +282,7 @@ void accumulate_triangle(const Tensor& gram, const Tensor& x, const float* weigh
     } else {
       for (int64_t first = 0; first < x.sizes()[0]; first += kMostTokens) {
         const int64_t n = std::min(kMostTokens, x.sizes()[0] - first);
-        const MmaOperand operand{data<const uint16_t>(x) + first * x.stride(0), x.stride(0), n * x.stride(0)};
+        const Operand operand{data<const uint16_t>(x) + first * x.stride(0), x.stride(0), n * x.stride(0)};
         add_tiles<1, kHalf>(gram, operand, operand, n, {});
       }
     }

@@ -9,8 +9,8 @@ namespace statsmerge::cuda::gram {
 
 // An operand is the sum of kParts matrices [tokens, columns] of 16-bit numbers: x itself (one part), or three bfloat16
 // parts x = x₀ + x₁ + x₂ of 8 bits each, which hold all 24 bits of a float. Of the products of parts, those of x₀x₂ and
-// above in size are summed, the small ones first; what is left out is about 2⁻²⁶ |x||x|, less than the rounding of a
-// product in float.
+// above in size are summed, the small ones first; what is left out of a product is at most 2⁻²³ of it, less than 2⁻²⁶ on
+// average and of either sign, which is below what a float sum of some products loses to rounding.
 struct Product {
   int left, right;
 };
@@ -74,5 +74,75 @@ STATSMERGE_HD constexpr LaneAddress right_lane(int lane) { return {lane % 8 + la
 // lane / 4, entries 2 and 3 eight rows below, in columns 2 (lane % 4) and the next.
 STATSMERGE_HD constexpr int sum_row(int lane) { return lane / 4; }
 STATSMERGE_HD constexpr int sum_column(int lane) { return lane % 4 * 2; }
+
+// The tile of gram_mma.cuh and its division among eight warps, each of 64 × 32 entries.
+template <int kParts>
+struct MmaTile {
+  static constexpr int kTokens = Parts<kParts>::kTokens;
+  static constexpr int kWidth = 128;
+  static constexpr int kThreads = 256;
+  static constexpr int kStages = kParts == 1 ? 3 : 2;
+  static constexpr int kPartBytes = kWidth / kPanelColumns * panel_bytes(kTokens);
+  static constexpr int kOperandBytes = kParts * kPartBytes;
+  static constexpr int kSharedBytes = kStages * 2 * kOperandBytes;  // 96 KiB
+
+  STATSMERGE_HD static constexpr int row_of_warp(int warp) { return warp / 4 * 64; }
+  STATSMERGE_HD static constexpr int column_of_warp(int warp) { return warp % 4 * 32; }
+};
+
+// The 16-byte chunk that a thread copies as its i-th of an operand's step: neighbouring threads take neighbouring chunks
+// of a token's row.
+struct Chunk {
+  int part, token, column;
+};
+template <int kParts>
+STATSMERGE_HD constexpr Chunk chunk_of(int i) {
+  constexpr int kTokens = Parts<kParts>::kTokens, kRow = MmaTile<kParts>::kWidth / 8;
+  return {i / (kRow * kTokens), i / kRow % kTokens, i % kRow * 8};
+}
+
+// An operand in memory: parts [tokens, columns], rows of `pitch` numbers; rows and parts are 16-byte aligned.
+struct Operand {
+  const uint16_t* data;
+  int64_t pitch, part_stride;
+};
+
+// Where a chunk is read from, and how many of its bytes lie inside of the matrix.
+struct Source {
+  int64_t at;
+  int bytes;
+};
+STATSMERGE_HD Source source_of(const Operand& operand, int64_t tokens, int64_t columns, int part, int64_t token,
+                               int64_t column) {
+  const int64_t left = columns - column;
+  if (token >= tokens || left <= 0) return {0, 0};
+  return {part * operand.part_stride + token * operand.pitch + column, left < 8 ? static_cast<int>(2 * left) : 16};
+}
+
+// The tile of gram_wgmma.cuh: a stage of shared memory holds the left operand's parts, then the right one's.
+template <int kParts>
+struct WgmmaTile {
+  static constexpr int kTokens = Parts<kParts>::kTokens;
+  static constexpr int kRatio = kParts == 1 ? 2 : 1;
+  static constexpr int kWidth = kRatio * kTileRows;
+  static constexpr int kThreads = 384;
+  static constexpr int kStages = 4;
+  static constexpr int kPanelBytes = panel_bytes(kTokens);
+  static constexpr int kLeftPanels = kTileRows / kPanelColumns, kRightPanels = kWidth / kPanelColumns;
+  static constexpr int kRightPartBytes = kRightPanels * kPanelBytes;
+  static constexpr int kLeftBytes = kParts * kLeftPanels * kPanelBytes;
+  static constexpr int kStageBytes = kLeftBytes + kParts * kRightPartBytes;  // 48 KiB
+  static constexpr int kSharedBytes = kStages * kStageBytes + kAtomBytes;               // with room to align
+  static constexpr int kSums = kWidth / 2;                                              // a thread's
+
+  // Where, in a stage, the columns of 64 rows of the tile lie: in the left operand's panels, or among the right one's
+  // if these hold the same columns (`shares`).
+  STATSMERGE_HD static constexpr int left_start(bool shares, int tile_row, int half) {
+    return shares ? kLeftBytes + (tile_row % kRatio * kLeftPanels + half) * kPanelBytes : half * kPanelBytes;
+  }
+  STATSMERGE_HD static constexpr int left_part_bytes(bool shares) {
+    return (shares ? kRightPanels : kLeftPanels) * kPanelBytes;
+  }
+};
 
 }  // namespace statsmerge::cuda::gram

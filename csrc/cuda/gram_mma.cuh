@@ -12,23 +12,6 @@
 
 namespace statsmerge::cuda::gram {
 
-// One side of the product in memory: parts [tokens, columns], rows of `pitch` numbers, 16-byte aligned.
-struct MmaOperand {
-  const uint16_t* data;
-  int64_t pitch, part_stride;
-};
-
-template <int kParts>
-struct MmaTile {
-  static constexpr int kTokens = Parts<kParts>::kTokens;
-  static constexpr int kWidth = 128;
-  static constexpr int kThreads = 256;
-  static constexpr int kStages = kParts == 1 ? 3 : 2;
-  static constexpr int kPartBytes = kWidth / kPanelColumns * panel_bytes(kTokens);
-  static constexpr int kOperandBytes = kParts * kPartBytes;
-  static constexpr int kSharedBytes = kStages * 2 * kOperandBytes;  // 96 KiB
-};
-
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
@@ -57,44 +40,31 @@ __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&left)[4], 
   }
 }
 
-// The 16-byte chunk that a thread copies as its i-th of an operand: neighbouring threads take neighbouring chunks of a
-// token's row.
-struct Chunk {
-  int part, token, column;
-};
+// Starts copying a step of one operand, tokens and columns from the given ones on; what lies outside of the matrix
+// becomes zero.
 template <int kParts>
-STATSMERGE_HD constexpr Chunk chunk_of(int i) {
-  constexpr int kTokens = Parts<kParts>::kTokens, kRow = MmaTile<kParts>::kWidth / 8;
-  return {i / (kRow * kTokens), i / kRow % kTokens, i % kRow * 8};
-}
-
-// Starts copying a step of one operand, columns from `column` on; what lies outside of the matrix becomes zero.
-template <int kParts>
-__device__ __forceinline__ void start_copy(const MmaOperand& operand, int64_t tokens, int64_t columns, int64_t token,
+__device__ __forceinline__ void start_copy(const Operand& operand, int64_t tokens, int64_t columns, int64_t token,
                                            int64_t column, uint32_t to) {
   using Shape = MmaTile<kParts>;
 #pragma unroll 2
   for (int i = threadIdx.x; i < Shape::kOperandBytes / 16; i += Shape::kThreads) {
     const Chunk c = chunk_of<kParts>(i);
-    const int64_t left = columns - column - c.column;
-    const int bytes = token + c.token < tokens && left > 0 ? static_cast<int>(left < 8 ? 2 * left : 16) : 0;
-    const int64_t at = bytes == 0 ? 0
-                                  : c.part * operand.part_stride + (token + c.token) * operand.pitch + column + c.column;
-    copy_async(to + c.part * Shape::kPartBytes + operand_offset(Shape::kTokens, c.token, c.column), operand.data + at,
-               bytes);
+    const Source from = source_of(operand, tokens, columns, c.part, token + c.token, column + c.column);
+    copy_async(to + c.part * Shape::kPartBytes + operand_offset(Shape::kTokens, c.token, c.column),
+               operand.data + from.at, from.bytes);
   }
 }
 
 template <int kParts, bool kHalf>
 __global__ void __launch_bounds__(MmaTile<kParts>::kThreads)
-    gram_mma_kernel(const __grid_constant__ MmaOperand left, const __grid_constant__ MmaOperand right, int64_t tokens,
+    gram_mma_kernel(const __grid_constant__ Operand left, const __grid_constant__ Operand right, int64_t tokens,
                     const __grid_constant__ TileProblem p) {
   using Shape = MmaTile<kParts>;
   constexpr int kStages = Shape::kStages;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
+  const int warp_row = Shape::row_of_warp(warp), warp_column = Shape::column_of_warp(warp);
   const int steps = p.step_count();
 
   for (int index = blockIdx.x; index < p.schedule.units(); index += gridDim.x) {
@@ -163,7 +133,7 @@ __global__ void __launch_bounds__(MmaTile<kParts>::kThreads)
       for (int half = 0; half < 2; ++half) {
         store_sums<Shape::kWidth, 4>(
             p, unit, warp_row + 16 * m + 8 * half + sum_row(lane), warp_column + sum_column(lane),
-            [&](int n) { return make_float2(sum[m][n][2 * half], sum[m][n][2 * half + 1]); });
+            [&](int n) { return Pair{sum[m][n][2 * half], sum[m][n][2 * half + 1]}; });
       }
     }
   }

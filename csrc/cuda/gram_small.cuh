@@ -12,57 +12,6 @@
 
 namespace statsmerge::cuda::gram {
 
-constexpr int kSmall = 64;  // columns
-constexpr int kSmallThreads = 256;
-constexpr int kSmallTokens = 256;   // at most this many at a time
-constexpr int kSmallShared = 4096;  // numbers of a tile: 64 tokens of 64 columns
-
-// The shape of the work on a Gram of some columns, and the order of its entries among the partial sums.
-struct SmallShape {
-  int columns;
-
-  STATSMERGE_HD int edge() const { return (columns + 3) / 4; }           // blocks of 4
-  STATSMERGE_HD int pitch() const { return 4 * edge(); }                 // of a token in shared memory
-  STATSMERGE_HD int blocks() const { return edge() * (edge() + 1) / 2; }  // of 4 × 4 in the triangle
-  STATSMERGE_HD int slices() const { return kSmallThreads / blocks(); }
-  STATSMERGE_HD int tokens() const {
-    return kSmallShared / pitch() < kSmallTokens ? kSmallShared / pitch() : kSmallTokens;
-  }
-  STATSMERGE_HD int entries() const { return 16 * blocks(); }
-
-  // Block `index` of the triangle, row by row.
-  STATSMERGE_HD Tile block(int index) const {
-    int row = 0;
-    while ((row + 1) * (row + 2) / 2 <= index) ++row;
-    return {row, index - row * (row + 1) / 2};
-  }
-  // Row and column of an entry of the partial sums.
-  STATSMERGE_HD Tile entry(int index) const {
-    const Tile b = block(index / 16);
-    return {4 * b.row + index % 16 / 4, 4 * b.column + index % 4};
-  }
-};
-
-// Positions in a tile of `inner` numbers in a row that one thread visits: `step` further each time, without divisions.
-struct Walk {
-  int outer, inner, outer_step, inner_step, length;
-
-  STATSMERGE_HD Walk(int start, int step, int length)
-      : outer(start / length),
-        inner(start % length),
-        outer_step(step / length),
-        inner_step(step % length),
-        length(length) {}
-  STATSMERGE_HD void next() {
-    outer += outer_step;
-    inner += inner_step;
-    if (inner >= length) {
-      inner -= length;
-      ++outer;
-    }
-  }
-};
-
 template <class Acc, class T>
 struct SmallProblem {
   SmallShape shape;

@@ -23,21 +23,6 @@
 
 namespace statsmerge::cuda::gram {
 
-template <int kParts>
-struct WgmmaTile {
-  static constexpr int kTokens = Parts<kParts>::kTokens;
-  static constexpr int kRatio = kParts == 1 ? 2 : 1;
-  static constexpr int kWidth = kRatio * kTileRows;
-  static constexpr int kThreads = 384;
-  static constexpr int kStages = 4;
-  static constexpr int kPanelBytes = panel_bytes(kTokens);
-  static constexpr int kLeftPanels = kTileRows / kPanelColumns, kRightPanels = kWidth / kPanelColumns;
-  static constexpr int kLeftBytes = kParts * kLeftPanels * kPanelBytes;
-  static constexpr int kStageBytes = kLeftBytes + kParts * kRightPanels * kPanelBytes;  // 48 KiB
-  static constexpr int kSharedBytes = kStages * kStageBytes + kAtomBytes;               // with room to align
-  static constexpr int kSums = kWidth / 2;                                              // a thread's
-};
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
@@ -215,12 +200,8 @@ __global__ void __launch_bounds__(WgmmaTile<kParts>::kThreads, 1)
     for (int index = blockIdx.x; index < p.schedule.units(); index += gridDim.x) {
       const Unit unit = p.schedule.unit(index, steps);
       if (unit.slot < 0 && unit.first == unit.last) continue;
-      // Where the columns of the left operand's 64 rows of the tile lie: in panels of its own or among the right's.
       const bool shares = p.one_operand && p.schedule.triangle.on_diagonal(unit.tile);
-      const int left_panels = shares ? Shape::kRightPanels : Shape::kLeftPanels;
-      const int left_start = (shares ? Shape::kLeftBytes : 0) +
-                             ((shares ? unit.tile.row % Shape::kRatio * Shape::kLeftPanels : 0) + half) *
-                                 Shape::kPanelBytes;
+      const int left_start = Shape::left_start(shares, unit.tile.row, half);
       float products[Shape::kSums];                    // the accumulators
       float sums[kParts == 1 ? 1 : Shape::kSums] = {};  // what is taken over from them with three parts
 #pragma unroll
@@ -236,9 +217,9 @@ __global__ void __launch_bounds__(WgmmaTile<kParts>::kThreads, 1)
         for (int product = 0; product < Parts<kParts>::kProducts; ++product) {
           // A descriptor's lowest bits are the address in units of 16 bytes; no address carries into the bits above.
           const uint64_t left_part =
-              left_step + Parts<kParts>::product(product).left * left_panels * (Shape::kPanelBytes / 16);
+              left_step + Parts<kParts>::product(product).left * Shape::left_part_bytes(shares) / 16;
           const uint64_t right_part =
-              right_step + Parts<kParts>::product(product).right * Shape::kRightPanels * (Shape::kPanelBytes / 16);
+              right_step + Parts<kParts>::product(product).right * Shape::kRightPartBytes / 16;
 #pragma unroll
           for (int k = 0; k < Shape::kTokens; k += 16) {
             const bool accumulate = kParts == 1 || product > 0 || k > 0;
@@ -277,7 +258,7 @@ __global__ void __launch_bounds__(WgmmaTile<kParts>::kThreads, 1)
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
           store_sums<Shape::kWidth, kPairs>(p, unit, row + 8 * below, 8 * first + sum_column(lane), [&](int i) {
-            return make_float2(result[4 * (first + i) + 2 * below], result[4 * (first + i) + 2 * below + 1]);
+            return Pair{result[4 * (first + i) + 2 * below], result[4 * (first + i) + 2 * below + 1]};
           });
         }
       }

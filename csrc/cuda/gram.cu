@@ -1,10 +1,10 @@
 // gram_accumulate_ on CUDA. Three ways, chosen by shape:
 // - small Grams: a kernel for whole batches of them (gram_small.cuh);
 // - large float Grams of x alone: tensor cores on the tiles of one triangle, half the work of a matrix product
-//   (gram_wgmma.cuh on Hopper, gram_mma.cuh elsewhere); 16-bit x as it is, float and double x, and weights other than 0
-//   and 1, through three bfloat16 parts at float's accuracy;
-// - everything else (cross Grams, double Grams, sizes between): aten's products, a float one at the precision that torch
-//   is set to (torch.set_float32_matmul_precision).
+//   (gram_wgmma.cuh on Hopper, gram_mma.cuh elsewhere); 16-bit x as it is, float and double x, and weights other than
+//   0 and 1, through three bfloat16 parts at float's accuracy;
+// - everything else (cross Grams, double Grams, sizes between): aten's products, those of float at the precision that
+//   torch is set to (torch.set_float32_matmul_precision).
 // Everything runs on torch's stream, without waiting for the device.
 #include <cuda.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -241,7 +241,8 @@ void add_prepared(const Tensor& gram, const Tensor& x, const float* weight, Kept
     Tensor rows = slice(x, 0, first, n);
     if (rows.stride(1) != 1) rows = dense(rows);
     int *const used = count + 1, *const list = used + steps;
-    uint16_t *const left_out = data<uint16_t>(workspace), *const right_out = left_out + (operands - 1) * kParts * part_stride;
+    uint16_t* const left_out = data<uint16_t>(workspace);
+    uint16_t* const right_out = left_out + (operands - 1) * kParts * part_stride;
     const Operand left{left_out, pitch, part_stride}, right{right_out, pitch, part_stride};
     const bool vectors = rows.stride(0) % 4 == 0 &&
                          reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % alignof(Four<T>) == 0;

@@ -1,5 +1,5 @@
-// How the tile kernels of gram_wgmma.cuh and gram_mma.cuh hold their operands: one layout of shared memory for both, and
-// which entries of it a thread reads. Plain arithmetic, compiled for the device and for the host, where
+// How the tile kernels of gram_wgmma.cuh and gram_mma.cuh hold their operands: one layout of shared memory for both,
+// and which entries of it a thread reads. Plain arithmetic, compiled for the device and for the host, where
 // tests/native/test_cuda_gram.cpp follows whole tiles through it.
 #pragma once
 
@@ -9,8 +9,8 @@ namespace statsmerge::cuda::gram {
 
 // An operand is the sum of kParts matrices [tokens, columns] of 16-bit numbers: x itself (one part), or three bfloat16
 // parts x = x₀ + x₁ + x₂ of 8 bits each, which hold all 24 bits of a float. Of the products of parts, those of x₀x₂ and
-// above in size are summed, the small ones first; what is left out of a product is at most 2⁻²³ of it, less than 2⁻²⁶ on
-// average and of either sign, which is below what a float sum of some products loses to rounding.
+// above in size are summed, the small ones first; what is left out of a product is at most 2⁻²³ of it, less than 2⁻²⁶
+// on average and of either sign, which is below what a float sum of some products loses to rounding.
 struct Product {
   int left, right;
 };
@@ -34,7 +34,7 @@ struct Parts<3> {
 
 // A step's part of an operand lies in panels of 64 columns. A panel has a row of 128 bytes for every token, and the
 // eight 16-byte chunks of a row are permuted by the token's number modulo 8, so that eight tokens of the same columns
-// lie in different banks. This is the 128-byte swizzle of the tensor copy engine and of wgmma, whose atoms are 8 tokens.
+// lie in different banks. This is the 128-byte swizzle of the tensor copy engine and of wgmma, with atoms of 8 tokens.
 constexpr int kPanelColumns = 64;
 constexpr int kRowBytes = 2 * kPanelColumns;
 constexpr int kAtomBytes = 8 * kRowBytes;
@@ -42,7 +42,9 @@ constexpr int kAtomBytes = 8 * kRowBytes;
 STATSMERGE_HD constexpr int panel_bytes(int tokens) { return tokens * kRowBytes; }
 
 // Bytes from the start of a panel to the chunk with columns [8 · chunk, 8 · chunk + 8) of a token.
-STATSMERGE_HD constexpr int chunk_offset(int token, int chunk) { return token * kRowBytes + ((chunk ^ (token & 7)) * 16); }
+STATSMERGE_HD constexpr int chunk_offset(int token, int chunk) {
+  return token * kRowBytes + (chunk ^ (token & 7)) * 16;
+}
 
 // Bytes from the start of an operand's part to the chunk that holds `column` (a multiple of 8) of a token.
 STATSMERGE_HD constexpr int operand_offset(int tokens, int token, int column) {
@@ -90,7 +92,7 @@ struct MmaTile {
   STATSMERGE_HD static constexpr int column_of_warp(int warp) { return warp % 4 * 32; }
 };
 
-// The 16-byte chunk that a thread copies as its i-th of an operand's step: neighbouring threads take neighbouring chunks
+// The i-th 16-byte chunk of an operand's step, in the order of copying: neighbouring threads take neighbouring chunks
 // of a token's row.
 struct Chunk {
   int part, token, column;
@@ -132,8 +134,8 @@ struct WgmmaTile {
   static constexpr int kRightPartBytes = kRightPanels * kPanelBytes;
   static constexpr int kLeftBytes = kParts * kLeftPanels * kPanelBytes;
   static constexpr int kStageBytes = kLeftBytes + kParts * kRightPartBytes;  // 48 KiB
-  static constexpr int kSharedBytes = kStages * kStageBytes + kAtomBytes;               // with room to align
-  static constexpr int kSums = kWidth / 2;                                              // a thread's
+  static constexpr int kSharedBytes = kStages * kStageBytes + kAtomBytes;    // with room to align
+  static constexpr int kSums = kWidth / 2;                                   // a thread's
 
   // Where, in a stage, the columns of 64 rows of the tile lie: in the left operand's panels, or among the right one's
   // if these hold the same columns (`shares`).

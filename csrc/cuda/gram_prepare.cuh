@@ -31,9 +31,9 @@ struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
 // How weights enter the tile kernels. Scaling a 16-bit operand would round it, so tokens are sorted by their weights on
 // the device, with no need for the host to know them: those of weight 1 are copied as they are, and the rows between
 // them become zeros, which is exact; tokens of any other weight are scaled in float and split into three parts. Each
-// kind takes a launch of its own, over the steps that have tokens of that kind, so a mask of zeros and ones costs a copy
-// and skips the steps that are padding throughout. Dropped tokens are never multiplied, so what they hold is of no
-// consequence.
+// kind takes a launch of its own, over the steps that have tokens of that kind, so a mask of zeros and ones costs a
+// copy and skips the steps that are padding throughout. Dropped tokens are never multiplied, so what they hold is of
+// no consequence.
 enum class Kept { all, ones, nonzero, neither_zero_nor_one };
 
 __device__ __forceinline__ bool keeps(Kept kept, float weight) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void load_four(const Features<T>& x, int64_t token, i
     for (int i = 0; i < 4; ++i) out[i] = four.values[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = column + i < x.columns ? row[i] : T(0.0f);
+    for (int i = 0; i < 4; ++i) out[i] = column + i < x.columns ? row[i] : T{};
   }
 }
 
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Features<T> x,
     const int64_t token = first + i;
     if (token >= x.tokens) break;
     const int64_t at = token * out.pitch + column;
-    T values[4] = {T(0.0f), T(0.0f), T(0.0f), T(0.0f)};
+    T values[4] = {};
     if (kept[i]) load_four(x, token, column, values);
     if constexpr (kParts == 1) {
       static_assert(sizeof(T) == 2);

@@ -58,8 +58,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 __device__ __forceinline__ void copy_panel(const CUtensorMap& map, uint32_t to, uint32_t barrier, int column, int token,
                                            int part) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(token), "r"(part), "r"(barrier)
       : "memory");
 }
@@ -101,7 +101,8 @@ __device__ __forceinline__ void copy_panel(const CUtensorMap& map, uint32_t to, 
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"                 \
       "}, %128, %129, p, 1, 1, 1, 1;\n"                                                                                \
       "}\n"                                                                                                            \
-      : STATSMERGE_SUMS16(0), STATSMERGE_SUMS16(16), STATSMERGE_SUMS16(32), STATSMERGE_SUMS16(48), STATSMERGE_SUMS16(64), STATSMERGE_SUMS16(80), STATSMERGE_SUMS16(96), STATSMERGE_SUMS16(112) \
+      : STATSMERGE_SUMS16(0), STATSMERGE_SUMS16(16), STATSMERGE_SUMS16(32), STATSMERGE_SUMS16(48),                     \
+        STATSMERGE_SUMS16(64), STATSMERGE_SUMS16(80), STATSMERGE_SUMS16(96), STATSMERGE_SUMS16(112)                    \
       : "l"(left), "l"(right), "r"(accumulate))
 
 // sum (64 × kWidth, over a warpgroup) = leftᵀ right over 16 tokens, plus sum if `accumulate`.

@@ -124,7 +124,8 @@ void load_transposed(const std::vector<char>& shared, const int (&address)[32], 
 }
 
 // mma.m16n8k16 with the fragments of a whole warp.
-void multiply(const uint32_t (&a)[32][4], const uint32_t (&b)[32][4], int pair, float (&sum)[32][4][4][4], int m, int n) {
+void multiply(const uint32_t (&a)[32][4], const uint32_t (&b)[32][4], int pair, float (&sum)[32][4][4][4], int m,
+              int n) {
   float left[16][16], right[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     for (int e = 0; e < 2; ++e) {
@@ -223,8 +224,8 @@ void run_mma(Case<kParts>& c, const Schedule& schedule) {
 int swizzled(int address) { return address ^ (address >> 7 & 7) << 4; }
 
 // The tensor copy engine: a box of 64 columns and some tokens, row by row, zeros outside of the tensor.
-void copy_panel(const Operand& operand, int64_t tokens, int64_t columns, int box, int64_t column, int64_t token, int part,
-                std::vector<char>& shared, int to) {
+void copy_panel(const Operand& operand, int64_t tokens, int64_t columns, int box, int64_t column, int64_t token,
+                int part, std::vector<char>& shared, int to) {
   CHECK(to % 1024 == 0);
   for (int t = 0; t < box; ++t) {
     for (int j = 0; j < 64; ++j) {

@@ -122,6 +122,15 @@ __device__ __forceinline__ void wgmma(float (&sum)[kWidth / 2], uint64_t left, u
 #undef STATSMERGE_WGMMA_N128
 #undef STATSMERGE_WGMMA_N256
 
+// Waits until all committed steps are done. The compiler does not see that wgmma writes its sums only
+// now: passing them through keeps every use of them behind the wait.
+template <int kSums>
+__device__ __forceinline__ void wait_for_sums(float (&sum)[kSums]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (float& x : sum) asm volatile("" : "+f"(x)::"memory");
+}
+
 // The place in the ring of stages, and the parity of its barriers' current phase.
 struct Ring {
   int stage = 0;
@@ -234,7 +243,7 @@ __global__ void __launch_bounds__(WgmmaTile<kParts>::kThreads, 1)
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           if (i > unit.first) release((ring.stage + kStages - 1) % kStages);
         } else {
-          asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+          wait_for_sums(products);
           release(ring.stage);
 #pragma unroll
           for (int e = 0; e < Shape::kSums; ++e) sums[e] += products[e];
@@ -242,7 +251,7 @@ __global__ void __launch_bounds__(WgmmaTile<kParts>::kThreads, 1)
         ring.advance(kStages);
       }
       if constexpr (kParts == 1) {
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        wait_for_sums(products);
         if (unit.first < unit.last) release((ring.stage + kStages - 1) % kStages);
       }
       const auto& result = [&]() -> const auto& {

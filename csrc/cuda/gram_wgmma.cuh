@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(WgmmaTile<kParts>::kThreads, 1)
       if (unit.slot < 0 && unit.first == unit.last) continue;
       const bool shares = p.one_operand && p.schedule.triangle.on_diagonal(unit.tile);
       const int left_start = Shape::left_start(shares, unit.tile.row, half);
-      float products[Shape::kSums];                    // the accumulators
+      float products[Shape::kSums];                     // the accumulators
       float sums[kParts == 1 ? 1 : Shape::kSums] = {};  // what is taken over from them with three parts
 #pragma unroll
       for (float& x : products) x = 0;

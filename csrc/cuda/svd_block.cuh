@@ -20,7 +20,7 @@
 #define STATSMERGE_UNROLL
 #endif
 
-namespace statsmerge::cuda {
+namespace statsmerge::cuda::svd {
 
 constexpr int kWarp = 32;
 
@@ -119,4 +119,4 @@ struct Block {
   }
 };
 
-}  // namespace statsmerge::cuda
+}  // namespace statsmerge::cuda::svd

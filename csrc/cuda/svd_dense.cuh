@@ -4,7 +4,7 @@
 
 #include "cuda/svd_lanczos.cuh"
 
-namespace statsmerge::cuda {
+namespace statsmerge::cuda::svd {
 
 constexpr int kDenseThreads = 256;
 constexpr int kDenseSide = 128;  // matrices with no side longer are decomposed directly
@@ -188,4 +188,4 @@ STATSMERGE_HD void dense_svd(const Block& block, const Problem& p, const Matrix&
   });
 }
 
-}  // namespace statsmerge::cuda
+}  // namespace statsmerge::cuda::svd

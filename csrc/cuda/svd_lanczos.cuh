@@ -9,7 +9,7 @@
 #include "cuda/svd_passes.cuh"
 #include "cuda/svd_small.cuh"
 
-namespace statsmerge::cuda {
+namespace statsmerge::cuda::svd {
 
 constexpr int kStepThreads = 512;
 
@@ -342,4 +342,4 @@ STATSMERGE_HD void write_results(const Block& block, const Problem& p, const Mat
   });
 }
 
-}  // namespace statsmerge::cuda
+}  // namespace statsmerge::cuda::svd

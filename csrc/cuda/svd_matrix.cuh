@@ -12,7 +12,7 @@
 #include <cuda_fp16.h>
 #endif
 
-namespace statsmerge::cuda {
+namespace statsmerge::cuda::svd {
 
 constexpr int kGroup = 4;            // vectors that a pass multiplies by at once
 constexpr int kTileRows = 8;         // rows of a matrix that a warp holds at once
@@ -248,4 +248,4 @@ STATSMERGE_HD void with_reader(const Matrix& a, const F& f) {
   }
 }
 
-}  // namespace statsmerge::cuda
+}  // namespace statsmerge::cuda::svd

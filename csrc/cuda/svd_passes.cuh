@@ -6,7 +6,7 @@
 
 #include "cuda/svd_matrix.cuh"
 
-namespace statsmerge::cuda {
+namespace statsmerge::cuda::svd {
 
 template <class Acc>
 struct alignas(16) Quad {
@@ -163,4 +163,4 @@ STATSMERGE_HD void transposed_block(const Block& block, const Problem& p, const 
   });
 }
 
-}  // namespace statsmerge::cuda
+}  // namespace statsmerge::cuda::svd

@@ -4,7 +4,7 @@
 
 #include "cuda/svd_block.cuh"
 
-namespace statsmerge::cuda {
+namespace statsmerge::cuda::svd {
 
 constexpr int kParts = 16;  // parts of an inner product, one warp each
 constexpr int kSweeps = 40;
@@ -242,4 +242,4 @@ STATSMERGE_HD inline void symmetric_eigen(const Block& block, const EigenWork& w
   });
 }
 
-}  // namespace statsmerge::cuda
+}  // namespace statsmerge::cuda::svd

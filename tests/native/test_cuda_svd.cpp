@@ -9,7 +9,7 @@
 namespace {
 
 using namespace statsmerge;
-using namespace statsmerge::cuda;
+using namespace statsmerge::cuda::svd;
 
 // Singular values in descending order, by one-sided Jacobi rotations in double.
 std::vector<double> singular_values(std::vector<double> a, int rows, int columns) {

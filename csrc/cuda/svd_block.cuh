@@ -54,16 +54,7 @@ struct Warp {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     Acc share[kWarp] = {};
     f(lane, share);
-    STATSMERGE_UNROLL
-    for (int half = kWarp / 2; half > 0; half /= 2) {
-      const bool upper = (lane & half) != 0;
-      STATSMERGE_UNROLL
-      for (int i = 0; i < half; ++i) {
-        const Acc send = upper ? share[i] : share[i + half];
-        const Acc keep = upper ? share[i + half] : share[i];
-        share[i] = keep + __shfl_xor_sync(0xffffffffu, send, half);
-      }
-    }
+    fold<kWarp / 2>(lane, share);
     g(lane, share[0]);
 #else
     Acc share[kWarp][kWarp] = {};
@@ -81,6 +72,21 @@ struct Warp {
     for (int lane = 0; lane < kWarp; ++lane) g(lane, share[lane][0]);
 #endif
   }
+
+#ifdef __CUDACC__
+  // share[0] = Σ over the lanes of share[i], i < 2 half, where i is made of the lane's lowest bits.
+  template <int half, class Acc>
+  __device__ static void fold(int lane, Acc (&share)[kWarp]) {
+    const bool upper = (lane & half) != 0;
+    STATSMERGE_UNROLL
+    for (int i = 0; i < half; ++i) {
+      const Acc send = upper ? share[i] : share[i + half];
+      const Acc keep = upper ? share[i + half] : share[i];
+      share[i] = keep + __shfl_xor_sync(0xffffffffu, send, half);
+    }
+    if constexpr (half > 1) fold<half / 2>(lane, share);
+  }
+#endif
 
   // Calls f(i) for i < count, spread over the lanes, and makes what they wrote visible to the warp.
   template <class F>

@@ -165,44 +165,35 @@ struct alignas(16) Raw {
 template <class E, bool kMinus>
 struct Reader {
   static constexpr int kColumns = 16 / static_cast<int>(sizeof(E));
+  static constexpr int kRows = kMinus ? kTileRows / 2 : kTileRows;  // at once: 32 registers of either
   using Acc = decltype(to_acc(E()));
 
   STATSMERGE_HD explicit Reader(const Matrix& a)
       : data(reinterpret_cast<const E*>(a.data)), minus(reinterpret_cast<const E*>(a.minus)), stride(a.stride),
         minus_stride(a.minus_stride), rows(a.rows), columns(a.columns), aligned(a.aligned) {}
 
-  // f(r, values) for rows row .. row + count − 1 of columns x .. x + kColumns − 1.
-  template <int count, class F>
+  // f(r, values) for rows row .. row + kRows − 1 of columns x .. x + kColumns − 1.
+  template <class F>
   STATSMERGE_HD void tile(int row, int x, const F& f) const {
-    if (aligned && x + kColumns <= columns) {
-      Raw raw[count], subtrahend[kMinus ? count : 1];
-      STATSMERGE_UNROLL
-      for (int r = 0; r < count; ++r) {
-        const int64_t at = row + r < rows ? row + r : rows - 1;
-        raw[r] = *reinterpret_cast<const Raw*>(data + at * stride + x);
-        if constexpr (kMinus) subtrahend[r] = *reinterpret_cast<const Raw*>(minus + at * minus_stride + x);
-      }
-      STATSMERGE_UNROLL
-      for (int r = 0; r < count; ++r) {
-        Acc values[kColumns];
-        unpack(raw[r], values);
-        if constexpr (kMinus) {
-          Acc others[kColumns];
-          unpack(subtrahend[r], others);
-          STATSMERGE_UNROLL
-          for (int c = 0; c < kColumns; ++c) values[c] -= others[c];
-        }
-        f(r, values);
-      }
-    } else {
-      STATSMERGE_UNROLL
-      for (int r = 0; r < count; ++r) {
-        const int64_t at = row + r < rows ? row + r : rows - 1;
-        Acc values[kColumns];
+    Raw raw[kRows], subtrahend[kMinus ? kRows : 1];
+    const bool whole = aligned && x + kColumns <= columns;
+    STATSMERGE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = row + r < rows ? row + r : rows - 1;
+      raw[r] = load(data + at * stride, x, whole);
+      if constexpr (kMinus) subtrahend[r] = load(minus + at * minus_stride, x, whole);
+    }
+    STATSMERGE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      Acc values[kColumns];
+      unpack(raw[r], values);
+      if constexpr (kMinus) {
+        Acc others[kColumns];
+        unpack(subtrahend[r], others);
         STATSMERGE_UNROLL
-        for (int c = 0; c < kColumns; ++c) values[c] = x + c < columns ? element(at, x + c) : Acc(0);
-        f(r, values);
+        for (int c = 0; c < kColumns; ++c) values[c] -= others[c];
       }
+      f(r, values);
     }
   }
 
@@ -219,6 +210,18 @@ struct Reader {
   bool aligned;
 
  private:
+  STATSMERGE_HD Raw load(const E* from, int x, bool whole) const {
+    if (whole) return *reinterpret_cast<const Raw*>(from + x);
+    E elements[kColumns] = {};
+    STATSMERGE_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      if (x + c < columns) elements[c] = from[x + c];
+    }
+    Raw raw;
+    memcpy(&raw, elements, sizeof(raw));
+    return raw;
+  }
+
   STATSMERGE_HD static void unpack(const Raw& raw, Acc (&values)[kColumns]) {
     E elements[kColumns];
     memcpy(elements, &raw, sizeof(raw));

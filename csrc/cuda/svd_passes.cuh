@@ -32,11 +32,11 @@ STATSMERGE_HD void inspect_rows(const Block& block, const Reader& reader, int fi
   constexpr int C = Reader::kColumns;
   const double origin = static_cast<double>(reader.element(0, 0));
   block.each(kPassThreads, [&](int64_t thread) {
-    const int row = first + static_cast<int>(thread) / kWarp * kTileRows;
     Moments m{};
-    if (row < reader.rows) {
+    const int start = first + static_cast<int>(thread) / kWarp * kTileRows;
+    for (int row = start; row < start + kTileRows && row < reader.rows; row += Reader::kRows) {
       for (int x = static_cast<int>(thread) % kWarp * C; x < reader.columns; x += kWarp * C) {
-        reader.template tile<kTileRows>(row, x, [&](int r, const Acc(&values)[C]) {
+        reader.tile(row, x, [&](int r, const Acc(&values)[C]) {
           STATSMERGE_UNROLL
           for (int c = 0; c < C; ++c) {
             if (row + r >= reader.rows || x + c >= reader.columns) continue;
@@ -75,13 +75,16 @@ STATSMERGE_HD void product_rows(const Warp& warp, const Reader& reader, int firs
           Quad<Acc> factor[C];
           STATSMERGE_UNROLL
           for (int c = 0; c < C; ++c) factor[c] = x + c < reader.columns ? v[x + c] : Quad<Acc>{};
-          reader.template tile<kTileRows>(first, x, [&](int r, const Acc(&values)[C]) {
-            STATSMERGE_UNROLL
-            for (int c = 0; c < C; ++c) {
+          STATSMERGE_UNROLL
+          for (int tile = 0; tile < kTileRows; tile += Reader::kRows) {
+            reader.tile(first + tile, x, [&](int r, const Acc(&values)[C]) {
               STATSMERGE_UNROLL
-              for (int j = 0; j < kGroup; ++j) share[r * kGroup + j] += values[c] * factor[c].v[j];
-            }
-          });
+              for (int c = 0; c < C; ++c) {
+                STATSMERGE_UNROLL
+                for (int j = 0; j < kGroup; ++j) share[(tile + r) * kGroup + j] += values[c] * factor[c].v[j];
+              }
+            });
+          }
         }
       },
       [&](int lane, Acc total) {
@@ -102,11 +105,11 @@ STATSMERGE_HD void transposed_panel(const Block& block, const Reader& reader, in
     const int warp = static_cast<int>(thread) / kWarp, x = start + static_cast<int>(thread) % kWarp * C;
     Quad<Acc> sum[C] = {};
     if (x < reader.columns) {
-      for (int row = first + warp * kTileRows; row < last; row += kTileRows * kPassWarps) {
-        Quad<Acc> factor[kTileRows];
+      for (int row = first + warp * Reader::kRows; row < last; row += Reader::kRows * kPassWarps) {
+        Quad<Acc> factor[Reader::kRows];
         STATSMERGE_UNROLL
-        for (int r = 0; r < kTileRows; ++r) factor[r] = row + r < last ? y[row + r] : Quad<Acc>{};
-        reader.template tile<kTileRows>(row, x, [&](int r, const Acc(&values)[C]) {
+        for (int r = 0; r < Reader::kRows; ++r) factor[r] = row + r < last ? y[row + r] : Quad<Acc>{};
+        reader.tile(row, x, [&](int r, const Acc(&values)[C]) {
           STATSMERGE_UNROLL
           for (int c = 0; c < C; ++c) {
             STATSMERGE_UNROLL

@@ -124,7 +124,8 @@ STATSMERGE_HD void dense_svd(const Block& block, const Problem& p, const Matrix&
     if (a.out_passes != nullptr) *a.out_passes = p.vectors ? 2 : 1;
     if (a.out_statistics != nullptr) write_moments(total, origin, static_cast<double>(count), a.out_statistics);
   });
-  if (bad || a.k == 0) return;
+  if (bad) return write_bad<Out>(block, p, a);
+  if (a.k == 0) return;
 
   const double scale = scale_for<double>(total.largest);
   block.each(count, [&](int64_t i) { work.g[i] *= scale; });

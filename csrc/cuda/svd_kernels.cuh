@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kPassThreads, 2) product_kernel(Batch batch, b
   const int groups = batch.problem.groups();
   const int64_t item = blockIdx.x / groups;
   const Matrix& a = batch.matrices[batch.product_owner[item]];
-  if (a.progress->bad || (a.progress->done && !final)) return;
+  if (a.progress->bad || a.k == 0 || (a.progress->done && !final)) return;
   product_block<Acc>(Block(), a, item - a.first_product, static_cast<int>(blockIdx.x % groups));
 }
 
@@ -90,20 +90,20 @@ __device__ inline void count_down(const Batch& batch, const Matrix& a, bool done
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kStepThreads) begin_kernel(Batch batch) {
+__global__ void __launch_bounds__(kStepThreads, 2) begin_kernel(Batch batch) {
   const Matrix& a = batch.matrices[blockIdx.x];
   count_down(batch, a, begin<Acc>(Block(), batch.problem, a, step_work(batch.problem)));
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kStepThreads) advance_kernel(Batch batch) {
+__global__ void __launch_bounds__(kStepThreads, 2) advance_kernel(Batch batch) {
   const Matrix& a = batch.matrices[blockIdx.x];
   if (a.progress->done) return;
   count_down(batch, a, advance<Acc>(Block(), batch.problem, a, step_work(batch.problem)));
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kStepThreads) results_kernel(Batch batch) {
+__global__ void __launch_bounds__(kStepThreads, 2) results_kernel(Batch batch) {
   write_results<Acc>(Block(), batch.problem, batch.matrices[blockIdx.x], step_work(batch.problem));
 }
 
@@ -115,6 +115,18 @@ __global__ void __launch_bounds__(kDenseThreads) dense_kernel(Batch batch) {
   const DenseWork work = take_dense_work(side, length, a.k, arena);
   with_reader<Acc>(a, [&](const auto& reader) { dense_svd<Acc>(Block(), batch.problem, a, reader, work); });
   count_down(batch, a, true);
+}
+
+// Results from all singular values of a matrix, found elsewhere.
+template <class Acc>
+__global__ void full_results_kernel(Matrix a, const double* s, int k) {
+  const double bound = (a.rows < a.columns ? a.columns : a.rows) * std::numeric_limits<double>::epsilon() * s[0];
+  for (int i = threadIdx.x; i < k; i += blockDim.x) {
+    if (a.out_s != nullptr) reinterpret_cast<Acc*>(a.out_s)[i] = static_cast<Acc>(s[i]);
+    if (a.out_residual != nullptr) reinterpret_cast<Acc*>(a.out_residual)[i] = static_cast<Acc>(bound);
+    if (a.out_statistics != nullptr) a.out_statistics[3 + i] = s[i];
+  }
+  if (a.out_passes != nullptr && threadIdx.x == 0) *a.out_passes = 1;
 }
 
 inline unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
@@ -148,17 +160,16 @@ void launch_results(const Batch& batch, int shared_bytes, cudaStream_t stream) {
   results_kernel<Acc><<<batch.count, kStepThreads, shared_bytes, stream>>>(batch);
 }
 
-// Lets the kernels that need it use `shared_bytes` of shared memory.
+// Lets a kernel use `bytes` of dynamic shared memory.
+inline cudaError_t allow_shared_memory(void (*kernel)(Batch), int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 template <class Acc>
-cudaError_t allow_shared_memory(int step_bytes, int dense_bytes) {
-  const auto allow = [](void (*kernel)(Batch), int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  };
-  cudaError_t error = cudaSuccess;
-  if (error == cudaSuccess) error = allow(begin_kernel<Acc>, step_bytes);
-  if (error == cudaSuccess) error = allow(advance_kernel<Acc>, step_bytes);
-  if (error == cudaSuccess) error = allow(results_kernel<Acc>, step_bytes);
-  if (error == cudaSuccess) error = allow(dense_kernel<Acc>, dense_bytes);
+cudaError_t allow_step_memory(int bytes) {
+  cudaError_t error = allow_shared_memory(begin_kernel<Acc>, bytes);
+  if (error == cudaSuccess) error = allow_shared_memory(advance_kernel<Acc>, bytes);
+  if (error == cudaSuccess) error = allow_shared_memory(results_kernel<Acc>, bytes);
   return error;
 }
 

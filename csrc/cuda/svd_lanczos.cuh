@@ -114,7 +114,6 @@ STATSMERGE_HD bool begin(const Block& block, const Problem& p, const Matrix& a, 
     at.next_check = 2 * p.block;
     store_pending<Acc>(block, p, a, at);
   }
-  if (at.bad) block.each(a.k, [&](int64_t i) { a.s[i] = a.bound[i] = NAN; });
   block.each(1, [&](int64_t) { *a.progress = at; });
   return at.done;
 }
@@ -307,19 +306,36 @@ STATSMERGE_HD bool advance(const Block& block, const Problem& p, const Matrix& a
   return at.done;
 }
 
+// NaN for all results of a matrix that is not finite.
+template <class Out>
+STATSMERGE_HD void write_bad(const Block& block, const Problem& p, const Matrix& a) {
+  const int64_t left = p.vectors ? a.transposed ? a.columns : a.rows : 0;
+  const int64_t right = p.vectors ? a.transposed ? a.rows : a.columns : 0;
+  block.each(a.k, [&](int64_t i) {
+    if (a.out_s != nullptr) reinterpret_cast<Out*>(a.out_s)[i] = static_cast<Out>(NAN);
+    if (a.out_residual != nullptr) reinterpret_cast<Out*>(a.out_residual)[i] = static_cast<Out>(NAN);
+    if (a.out_statistics != nullptr) a.out_statistics[3 + i] = NAN;
+  });
+  block.each(a.k * left, [&](int64_t i) { reinterpret_cast<Out*>(a.out_u)[i] = static_cast<Out>(NAN); });
+  block.each(a.k * right, [&](int64_t i) { reinterpret_cast<Out*>(a.out_vh)[i] = static_cast<Out>(NAN); });
+}
+
 // Writes the results of one matrix; with vectors, `y` holds the images of the right ones.
 template <class Acc>
 STATSMERGE_HD void write_results(const Block& block, const Problem& p, const Matrix& a, const StepWork& work) {
   const int n = a.columns, m = a.rows;
+  if (a.out_passes != nullptr) {
+    block.each(1, [&](int64_t) { *a.out_passes = a.progress->passes + 1 + (p.vectors ? 1 : 0); });
+  }
+  if (a.progress->bad) return write_bad<Acc>(block, p, a);
   block.each(a.k, [&](int64_t i) {
     if (a.out_s != nullptr) reinterpret_cast<Acc*>(a.out_s)[i] = static_cast<Acc>(a.s[i]);
     if (a.out_residual != nullptr) reinterpret_cast<Acc*>(a.out_residual)[i] = static_cast<Acc>(a.bound[i]);
     if (a.out_statistics != nullptr) a.out_statistics[3 + i] = a.s[i];
   });
-  if (a.out_passes != nullptr) {
-    block.each(1, [&](int64_t) { *a.out_passes = a.progress->passes + 1 + (p.vectors ? 1 : 0); });
-  }
-  if (!p.vectors) return;
+  if (!p.vectors || a.k == 0) return;
+  Acc* u = reinterpret_cast<Acc*>(a.out_u);
+  Acc* vh = reinterpret_cast<Acc*>(a.out_vh);
   const auto* y = reinterpret_cast<const Quad<Acc>*>(a.y);
   const Acc* right = reinterpret_cast<const Acc*>(a.image);
   Acc* left = reinterpret_cast<Acc*>(a.left);
@@ -330,8 +346,6 @@ STATSMERGE_HD void write_results(const Block& block, const Problem& p, const Mat
   double largest = 0;
   for (int i = 0; i < a.k; ++i) largest = fmax(largest, sqrt(work.sums.sums[i]));
   orthonormalize(block, left, 0, left, a.k, m, 0, Same{kRounding<Acc> * largest}, p.seed, 0, work.sums, nullptr);
-  Acc* u = reinterpret_cast<Acc*>(a.out_u);
-  Acc* vh = reinterpret_cast<Acc*>(a.out_vh);
   block.each(static_cast<int64_t>(a.k) * m, [&](int64_t i) {
     const int64_t j = i / m, e = i % m;
     (a.transposed ? vh[i] : u[e * a.k + j]) = left[i];

@@ -165,7 +165,7 @@ struct alignas(16) Raw {
 template <class E, bool kMinus>
 struct Reader {
   static constexpr int kColumns = 16 / static_cast<int>(sizeof(E));
-  static constexpr int kRows = kMinus ? kTileRows / 2 : kTileRows;  // at once: 32 registers of either
+  static constexpr int kRows = kTileRows / (kMinus ? 2 : 1) / (sizeof(E) == 4 ? 1 : 2);  // at once, as registers allow
   using Acc = decltype(to_acc(E()));
 
   STATSMERGE_HD explicit Reader(const Matrix& a)

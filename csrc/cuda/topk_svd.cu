@@ -57,8 +57,12 @@ class Call {
     STD_CUDA_CHECK(cudaMemsetAsync(status, 0x7f, 3 * sizeof(int), stream_));  // no index is as large
     run_all<float>(single_, status, status + 2);
     run_all<double>(double_, status + 1, status + 2);
+    int bad = kNone;
+    for (const Full& full : full_) {
+      if (!decompose_fully(full)) bad = std::min(bad, static_cast<int>(full.matrix.index));
+    }
     if (captured_) return;
-    const int bad = read(status + 2);
+    bad = std::min(bad, read(status + 2));
     check(bad == kNone, indexed("mats", bad), has_minus_ ? " - " + indexed("minus", bad) : "", " contains NaN or Inf");
   }
 
@@ -68,6 +72,13 @@ class Call {
   struct Kind {
     std::vector<svd::Matrix> dense, lanczos;
     int dense_bytes = 0;
+  };
+
+  // A matrix of which more triplets are wanted than Lanczos vectors are kept for.
+  struct Full {
+    svd::Matrix matrix;
+    int k;
+    Tensor operand;  // float64
   };
 
   void add(const Tensor& mat, const Tensor* minus, int64_t index) {
@@ -117,8 +128,12 @@ class Call {
       kind.dense.push_back(a);
       kind.dense_bytes = std::max(kind.dense_bytes, static_cast<int>(svd::dense_shared_bytes(rows, columns, a.k)));
     } else {
-      check(a.k <= svd::kMaxTriplets, "k: expected at most ", svd::kMaxTriplets, " for ", indexed("mats", index),
-            " on CUDA, whose sides are not small, got ", a.k);
+      if (a.k > svd::kMaxTriplets) {
+        Tensor operand = to_dtype(mat, ScalarType::Double);
+        if (minus != nullptr) operand = torch::stable::subtract(operand, to_dtype(*minus, ScalarType::Double));
+        full_.push_back({a, a.k, operand});
+        a.k = 0;  // the kernels only inspect it
+      }
       kind.lanczos.push_back(a);
     }
   }
@@ -142,8 +157,8 @@ class Call {
     svd::Arena sizes(nullptr);
     svd::take_step_work(problem_, sizes);
     const int step_bytes = static_cast<int>(sizes.used());
-    STD_CUDA_CHECK(svd::allow_shared_memory<Acc>(step_bytes, kind.dense_bytes));
     if (!kind.dense.empty()) {
+      STD_CUDA_CHECK(svd::allow_shared_memory(svd::dense_kernel<Acc>, kind.dense_bytes));
       const svd::Batch batch = upload(
           kind.dense, [&](svd::Matrix& a, svd::Arena& arena) { svd::take_dense_memory(a, problem_.vectors, arena); },
           remaining, first_bad);
@@ -156,6 +171,7 @@ class Call {
         first_bad);
     check(std::max(batch.product_items, batch.split_items) * problem_.groups() <= 0x7fffffff,
           "mats: too many elements for one call");
+    STD_CUDA_CHECK(svd::allow_step_memory<Acc>(step_bytes));
     svd::launch_begin<Acc>(batch, results_.statistics.defined(), step_bytes, stream_);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     for (int64_t pass = 0; pass < problem_.max_passes && problem_.k > 0; ++pass) {
@@ -165,6 +181,28 @@ class Call {
     }
     svd::launch_results<Acc>(batch, step_bytes, stream_);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // Waits for the device. Returns whether the matrix is finite.
+  bool decompose_fully(const Full& full) {
+    const auto finite = call_aten<1>("aten::isfinite", "", full.operand);
+    const auto all = call_aten<1>("aten::all", "", finite[0]);
+    const Tensor host = torch::stable::to(all[0], torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    if (!*static_cast<const bool*>(host.const_data_ptr())) return false;
+    const auto [u, s, vh] = call_aten<3>("aten::_linalg_svd", "", full.operand, false, problem_.vectors, std::nullopt);
+    const double* values = static_cast<const double*>(s.const_data_ptr());
+    const size_t index = static_cast<size_t>(full.matrix.index);
+    if (!results_.s.empty() && results_.s[index].scalar_type() == ScalarType::Double) {
+      svd::full_results_kernel<double><<<1, svd::kPassThreads, 0, stream_>>>(full.matrix, values, full.k);
+    } else {
+      svd::full_results_kernel<float><<<1, svd::kPassThreads, 0, stream_>>>(full.matrix, values, full.k);
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (problem_.vectors) {
+      torch::stable::copy_(results_.u[index], slice(u, 1, 0, full.k));
+      torch::stable::copy_(results_.vh[index], slice(vh, 0, 0, full.k));
+    }
+    return true;
   }
 
   // Gives every matrix its memory and brings their descriptions to the device: as arguments of kernels, which can be
@@ -219,6 +257,7 @@ class Call {
   int shared_limit_ = 0;
   bool captured_ = false, has_minus_ = false;
   Kind single_, double_;
+  std::vector<Full> full_;
   TensorList owners_;
   Tensor status_;  // matrices that are not done, of each kind; the smallest index of one that is not finite
 };

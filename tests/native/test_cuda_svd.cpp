@@ -174,10 +174,8 @@ Result run(const std::vector<double>& values, int rows, int columns, const Optio
       }
       done = advance<Acc>(block, p, a, step);
     }
-    if (!a.progress->bad && a.k > 0) {
-      if (p.vectors) multiply();
-      write_results<Acc>(block, p, a, step);
-    }
+    if (!a.progress->bad && p.vectors) multiply();
+    write_results<Acc>(block, p, a, step);
   }
   result.bad = a.progress->bad;
   result.s.assign(s.begin(), s.end());
@@ -421,7 +419,9 @@ NATIVE_TEST(cuda_svd_statistics_and_bad_values) {
     for (double bad : {NAN, INFINITY, -INFINITY}) {
       auto spoilt = values;
       spoilt.back() = bad;
-      CHECK(run<float>(spoilt, rows, columns, Options(), dense).bad);
+      result = run<float>(spoilt, rows, columns, Options(), dense);
+      CHECK(result.bad);
+      CHECK(std::isnan(result.s[0]) && std::isnan(result.u[0]) && std::isnan(result.vh.back()));
     }
   }
 }

@@ -1,6 +1,6 @@
 // Thread blocks and warps as the kernels of topk_svd see them: phases that all threads run side by side, each closed by
-// a barrier, and sums in a fixed order. Nothing lives in a thread from one phase to the next, so a host can run the same
-// phases thread by thread: that is how the kernels are tested without a device.
+// a barrier, and sums in a fixed order. Nothing lives in a thread from one phase to the next, so a host can run the
+// same phases thread by thread: that is how the kernels are tested without a device.
 #pragma once
 
 #include <cmath>
@@ -46,8 +46,8 @@ struct Warp {
 #endif
   }
 
-  // f(lane, share) fills share[32]; g(lane, Σ over the lanes of share[lane]) is called once a lane. 31 exchanges in all:
-  // at every step a lane hands over the half of its sums that the other one of its pair will keep.
+  // f(lane, share) fills share[32]; g(lane, Σ over the lanes of share[lane]) is called once a lane. 31 exchanges in
+  // all: at every step a lane hands over the half of its sums that the other one of its pair will keep.
   template <class Acc, class F, class G>
   STATSMERGE_HD void sum_each(const F& f, const G& g) const {
 #ifdef __CUDA_ARCH__

@@ -1,5 +1,5 @@
-// Small matrices decomposed in one block, in double in shared memory, by one-sided Jacobi rotations of the vectors along
-// the shorter side (Demmel and Veselić 1992: small singular values come out with high relative accuracy too).
+// Small matrices decomposed in one block, in double in shared memory, by one-sided Jacobi rotations of the vectors
+// along the shorter side (Demmel and Veselić 1992: small singular values come out with high relative accuracy too).
 #pragma once
 
 #include "cuda/svd_lanczos.cuh"

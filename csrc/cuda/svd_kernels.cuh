@@ -2,9 +2,9 @@
 // that are done, so that passes can be launched ahead of what is known of them.
 //
 // Floor, for a pass over B bytes of matrices: B / 4.3 TB/s on an H200, twice that as Y = A V and W = Aᵀ Y each read the
-// matrices (the second reading comes from L2 where they fit into it). 16 FLOP an element: 2.6e11 for 8e9 elements, 4 ms
+// matrices (the second reading comes from L2 where they fit into it). 16 FLOP an element: 1.3e11 for 8e9 elements, 2 ms
 // at 67 TFLOP/s in fp32, beside 7.5 ms for reading 16 GB twice. Memory beside the matrices: (capacity + keep + 2 block)
-// vectors, that is 67 for k ≤ 3, and m / 512 more for the parts of W: about 1/10 of a 768 × 768 matrix in fp32, 1/25 of
+// vectors, that is 67 for k ≤ 3, and m / 512 more for the parts of W: about 1/10 of a 768 × 768 matrix in fp32, 1/20 of
 // 4096 × 4096 in bf16.
 // Predicted for k = 3 and tol 1e-3, with 80 % of the bandwidth and 20 to 33 passes (as many as random matrices take):
 // 8 experts × ViT-B/32 in fp32, 2.75 GB: 1.6 ms a pass and 0.3 ms between passes, 35 to 60 ms in all;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kPassThreads) inspect_kernel(Batch batch) {
 // Y = A V for every matrix that is not done, or with `final` for all: then V are the right singular vectors. The groups
 // of vectors that read the same rows run side by side.
 template <class Acc>
-__global__ void __launch_bounds__(kPassThreads, 2) product_kernel(Batch batch, bool final) {
+__global__ void __launch_bounds__(kPassThreads, 3) product_kernel(Batch batch, bool final) {
   const int groups = batch.problem.groups();
   const int64_t item = blockIdx.x / groups;
   const Matrix& a = batch.matrices[batch.product_owner[item]];
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kPassThreads, 2) product_kernel(Batch batch, b
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kPassThreads, 2) transposed_kernel(Batch batch) {
+__global__ void __launch_bounds__(kPassThreads, 3) transposed_kernel(Batch batch) {
   __shared__ Quad<Acc> shared[kPassWarps * panel_columns(sizeof(Acc) == 8 ? Storage::f64 : Storage::bf16)];
   const int groups = batch.problem.groups();
   const int64_t item = blockIdx.x / groups;

@@ -2,8 +2,8 @@
 // all that is done with one matrix between two passes over it, in one block of threads.
 //
 // When the Ritz pairs look converged, the basis is given up for the leading Ritz vectors alone, whose images the next
-// pass measures anew. The rounding error of that pass is in proportion to each image, not to the largest one, so what is
-// then reported is good to rounding error times the largest singular value, and its bound includes that error.
+// pass measures anew. The rounding error of that pass is in proportion to each image, not to the largest one, so what
+// is then reported is good to rounding error times the largest singular value, and its bound includes that error.
 #pragma once
 
 #include "cuda/svd_passes.cuh"
@@ -11,7 +11,7 @@
 
 namespace statsmerge::cuda::svd {
 
-constexpr int kStepThreads = 512;
+constexpr int kStepThreads = 384;
 
 template <class Acc>
 constexpr double kRounding = 8.0 * std::numeric_limits<Acc>::epsilon();
@@ -78,7 +78,7 @@ STATSMERGE_HD void store_pending(const Block& block, const Problem& p, const Mat
       basis[(g * kGroup + j) * n + e] = value;
       quad.v[j] = value * scale;
     }
-    factors[i] = quad;
+    factors[g * padded_columns(a) + padded_position(a, e)] = quad;
   });
 }
 
@@ -108,8 +108,9 @@ STATSMERGE_HD bool begin(const Block& block, const Problem& p, const Matrix& a, 
     });
   }
   if (!at.done) {
+    const Same everything{std::numeric_limits<double>::infinity()};
     at.rank = orthonormalize(block, reinterpret_cast<Acc*>(a.basis), 0, reinterpret_cast<Acc*>(a.image), p.block,
-                             a.columns, 0, Same{std::numeric_limits<double>::infinity()}, p.seed, 0, work.sums, nullptr);
+                             a.columns, 0, everything, p.seed, 0, work.sums, nullptr);
     at.draws = p.block;
     at.next_check = 2 * p.block;
     store_pending<Acc>(block, p, a, at);
@@ -180,9 +181,9 @@ STATSMERGE_HD void project_image(const Block& block, const Problem& p, const Mat
 
 // Singular values and bounds from the Ritz pairs; true when every bound is within tolerance, or as small as rounding
 // error lets it be. With r the residual of the singular pair, a singular value lies within r of σ, and within r²/gap if
-// no other is nearer than gap (Kato and Temple); the neighbours' own residuals are taken off the gap. A report, unlike a
-// look ahead, has the rounding error of the images in its bounds. That is in proportion to the largest image until the
-// leading Ritz vectors have been measured by themselves, after which the other images have nothing of theirs.
+// no other is nearer than gap (Kato and Temple); the neighbours' own residuals are taken off the gap. A report, unlike
+// a look ahead, has the rounding error of the images in its bounds. That is in proportion to the largest image until
+// the leading Ritz vectors have been measured by themselves, after which the other images have nothing of theirs.
 template <class Acc>
 STATSMERGE_HD bool estimate(const Block& block, const Problem& p, const Matrix& a, const Progress& at, bool report,
                             const StepWork& work) {
@@ -216,7 +217,8 @@ STATSMERGE_HD bool estimate(const Block& block, const Problem& p, const Matrix& 
       double gap = i + 1 < count ? sigma - work.sigma[i + 1] - work.reach[i + 1] : 0;
       if (i > 0) gap = fmin(gap, work.sigma[i - 1] - work.reach[i - 1] - sigma);
       double bound = gap > reach ? reach * reach / gap : reach;
-      if (report) bound = fmax(bound, measured ? floor / 2 : sigma > 0 ? fmin(floor * sigma_max / sigma, reach) : reach);
+      const double rounding = measured ? floor / 2 : sigma > 0 ? fmin(floor * sigma_max / sigma, reach) : reach;
+      if (report) bound = fmax(bound, rounding);
       converged = converged && (bound <= tol * sigma || work.residual[i] <= noise(sigma));
       a.s[i] = sigma / at.scale;
       a.bound[i] = bound / at.scale;

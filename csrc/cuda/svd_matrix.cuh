@@ -16,14 +16,14 @@ namespace statsmerge::cuda::svd {
 
 constexpr int kGroup = 4;            // vectors that a pass multiplies by at once
 constexpr int kTileRows = 8;         // rows of a matrix that a warp holds at once
-constexpr int kPassThreads = 256;    // of a block in the passes over the matrices
+constexpr int kPassThreads = 128;    // of a block in the passes over the matrices
 constexpr int kPassWarps = kPassThreads / kWarp;
 constexpr int kProductRows = kTileRows * kPassWarps;  // rows of a block of the product A V
 constexpr int kSplitRows = 512;      // rows of a block of the product Aᵀ Y
 constexpr int kMaxTriplets = 15;     // more are found by a full decomposition
 constexpr int kVerifications = 4;    // how often a result is measured anew before it is taken as it is
 
-// What one call asks of every matrix.
+// What one call asks of every matrix that is left to Lanczos.
 struct Problem {
   int k;           // triplets wanted
   int block;       // vectors in a Lanczos block: a multiple of kGroup above k, so that the gap below the last is known
@@ -37,7 +37,8 @@ struct Problem {
   STATSMERGE_HD int groups() const { return block / kGroup; }
 };
 
-inline Problem make_problem(int k, double tol, int64_t max_passes, bool vectors, uint64_t seed) {
+inline Problem make_problem(int64_t wanted, double tol, int64_t max_passes, bool vectors, uint64_t seed) {
+  const int k = static_cast<int>(std::min<int64_t>(wanted, kMaxTriplets));
   const int block = (k + kGroup) / kGroup * kGroup;
   const int capacity = block == kGroup ? 48 : 64;
   return {k, block, capacity, std::min(k + 2 * block, capacity / 2), tol,
@@ -77,7 +78,7 @@ struct Matrix {
   char* basis;        // [capacity][columns] Acc
   char* spare;        // [keep][columns] Acc
   char* image;        // [block][columns] Acc: AᵀA times the pending block
-  char* block;        // [groups][columns][kGroup] Acc: the pending block as the products read it, times `scale`
+  char* block;        // [groups][padded columns][kGroup] Acc: the pending block as the products read it, times `scale`
   char* y;            // [groups][rows][kGroup] Acc: A times the above, times `scale`
   char* partial;      // [splits][groups][columns][kGroup] Acc: the parts of Aᵀ y
   char* left;         // [k][rows] Acc, if vectors are wanted
@@ -107,6 +108,17 @@ STATSMERGE_HD constexpr T ceil_div(T a, T b) {
 STATSMERGE_HD inline int product_blocks(const Matrix& a) { return ceil_div(a.rows, kProductRows); }
 STATSMERGE_HD inline int splits(const Matrix& a) { return ceil_div(a.rows, kSplitRows); }
 STATSMERGE_HD inline int panels(const Matrix& a) { return ceil_div(a.columns, panel_columns(a.storage)); }
+STATSMERGE_HD inline int64_t padded_columns(const Matrix& a) {
+  return static_cast<int64_t>(panels(a)) * panel_columns(a.storage);
+}
+
+// Where column x stands in the padded columns: the lanes of a warp hold columns_per_lane neighbours each, and what they
+// read together is contiguous.
+STATSMERGE_HD inline int64_t padded_position(const Matrix& a, int64_t x) {
+  const int per_lane = columns_per_lane(a.storage), panel = panel_columns(a.storage);
+  return x / panel * panel + x % per_lane * kWarp + x % panel / per_lane;
+}
+
 STATSMERGE_HD inline int64_t split_blocks(const Matrix& a) { return static_cast<int64_t>(splits(a)) * panels(a); }
 
 // Cuts memory into arrays aligned to 16 bytes; with no memory, only adds up what is needed.
@@ -134,7 +146,7 @@ void take_memory(Matrix& a, const Problem& p, Arena& arena) {
   a.basis = take(p.capacity * columns);
   a.spare = take(p.keep * columns);
   a.image = take(p.block * columns);
-  a.block = take(p.block * columns);
+  a.block = take(p.block * padded_columns(a));
   a.y = take(p.block * rows);
   a.partial = take(splits(a) * p.block * columns);
   a.left = take(p.vectors ? a.k * rows : 0);

@@ -62,7 +62,7 @@ STATSMERGE_HD void inspect_rows(const Block& block, const Reader& reader, int fi
   block.each(1, [&](int64_t) { *out = shared[0]; });
 }
 
-// y[row] = scale · A[row] V for kTileRows rows from `first`; V holds quads, one a column.
+// y[row] = scale · A[row] V for kTileRows rows from `first`; V holds quads, one a column, at its padded_position.
 template <class Reader>
 STATSMERGE_HD void product_rows(const Warp& warp, const Reader& reader, int first, typename Reader::Acc scale,
                                 const Quad<typename Reader::Acc>* v, Quad<typename Reader::Acc>* y) {
@@ -74,7 +74,9 @@ STATSMERGE_HD void product_rows(const Warp& warp, const Reader& reader, int firs
         for (int x = lane * C; x < reader.columns; x += kWarp * C) {
           Quad<Acc> factor[C];
           STATSMERGE_UNROLL
-          for (int c = 0; c < C; ++c) factor[c] = x + c < reader.columns ? v[x + c] : Quad<Acc>{};
+          for (int c = 0; c < C; ++c) {
+            factor[c] = x + c < reader.columns ? v[x - lane * C + c * kWarp + lane] : Quad<Acc>{};
+          }
           STATSMERGE_UNROLL
           for (int tile = 0; tile < kTileRows; tile += Reader::kRows) {
             reader.tile(first + tile, x, [&](int r, const Acc(&values)[C]) {
@@ -142,7 +144,7 @@ STATSMERGE_HD void inspect_block(const Block& block, const Matrix& a, int64_t in
 
 template <class Acc>
 STATSMERGE_HD void product_block(const Block& block, const Matrix& a, int64_t index, int group) {
-  const auto* v = reinterpret_cast<const Quad<Acc>*>(a.block) + static_cast<int64_t>(group) * a.columns;
+  const auto* v = reinterpret_cast<const Quad<Acc>*>(a.block) + group * padded_columns(a);
   auto* y = reinterpret_cast<Quad<Acc>*>(a.y) + static_cast<int64_t>(group) * a.rows;
   const Acc scale = static_cast<Acc>(a.progress->scale);
   with_reader<Acc>(a, [&](const auto& reader) {

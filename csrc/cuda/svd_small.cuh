@@ -6,7 +6,7 @@
 
 namespace statsmerge::cuda::svd {
 
-constexpr int kParts = 16;  // parts of an inner product, one warp each
+constexpr int kParts = 12;  // parts of an inner product, one warp each
 constexpr int kSweeps = 40;
 
 // A reproducible number in (−1, 1).
@@ -75,11 +75,11 @@ struct Same {
   STATSMERGE_HD double operator()(int) const { return value; }
 };
 
-// Makes the `count` rows of w orthonormal among themselves. Row c has nothing left if not more than negligible(c); it is
-// then replaced by a random one, made orthogonal to the `filled` rows of `basis` too, to which the others are orthogonal
-// already. The space has n dimensions, `rank` of which are taken; rows for which there is no room become 0. Gram–Schmidt
-// twice ("twice is enough": Giraud, Langou and Rozložník 2005). coupling[j][c], if given, is what row c had along the new
-// row j. Returns how many dimensions are taken then.
+// Makes the `count` rows of w orthonormal among themselves. Row c has nothing left if not more than negligible(c); it
+// is then replaced by a random one, made orthogonal to the `filled` rows of `basis` too, to which the others are
+// orthogonal already. The space has n dimensions, `rank` of which are taken; rows for which there is no room become 0.
+// Gram–Schmidt twice ("twice is enough": Giraud, Langou and Rozložník 2005). coupling[j][c], if given, is what row c
+// had along the new row j. Returns how many dimensions are taken then.
 template <class Acc, class Negligible>
 STATSMERGE_HD int orthonormalize(const Block& block, const Acc* basis, int filled, Acc* w, int count, int n, int rank,
                                  const Negligible& negligible, uint64_t seed, int draw, const Sums& shared,

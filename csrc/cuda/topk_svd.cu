@@ -1,8 +1,9 @@
-// topk_svd and weight_statistics on CUDA: what the kernels are to know of each matrix, memory for them, and their order.
+// topk_svd and weight_statistics on CUDA: what the kernels are to know of each matrix, memory for them, and their
+// order.
 //
-// The host waits for the device once every few passes, to stop when all matrices are done, and once at the end, to raise
-// an error where one is not finite. While a stream is being captured it never waits: all of `max_passes` are launched,
-// those behind the last needed return at once, and results of a matrix that is not finite are NaN.
+// The host waits for the device once every few passes, to stop when all matrices are done, and once at the end, to
+// raise an error where one is not finite. While a stream is being captured it never waits: all of `max_passes` are
+// launched, those behind the last needed return at once, and results of a matrix that is not finite are NaN.
 #include <algorithm>
 
 #include "common/tensors.h"
@@ -40,8 +41,8 @@ Tensor with_rows(const Tensor& x, bool transposed) {
 // One call: its matrices, sorted by how they are decomposed, and the memory that lasts as long as the call.
 class Call {
  public:
-  Call(const TensorList& mats, const TensorList& minus, const svd::Problem& problem, Results& results)
-      : problem_(problem), results_(results), like_(mats[0]), stream_(current_stream(mats[0])) {
+  Call(const TensorList& mats, const TensorList& minus, int64_t k, const svd::Problem& problem, Results& results)
+      : k_(k), problem_(problem), results_(results), like_(mats[0]), stream_(current_stream(mats[0])) {
     int device = 0;
     STD_CUDA_CHECK(cudaGetDevice(&device));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
@@ -108,7 +109,7 @@ class Call {
       a.minus_stride = row_stride(y, transposed);
       a.aligned = a.aligned && is_aligned(a.minus, a.minus_stride, a.storage);
     }
-    a.k = std::min(problem_.k, std::min(a.rows, a.columns));
+    a.k = static_cast<int>(std::min({k_, rows, columns}));
     a.transposed = transposed;
     a.index = index;
     const auto data = [&](TensorList& list) {
@@ -132,6 +133,7 @@ class Call {
         Tensor operand = to_dtype(mat, ScalarType::Double);
         if (minus != nullptr) operand = torch::stable::subtract(operand, to_dtype(*minus, ScalarType::Double));
         full_.push_back({a, a.k, operand});
+        if (!results_.statistics.defined()) return;
         a.k = 0;  // the kernels only inspect it
       }
       kind.lanczos.push_back(a);
@@ -250,6 +252,7 @@ class Call {
     return value;
   }
 
+  const int64_t k_;
   const svd::Problem problem_;
   Results& results_;
   const Tensor like_;
@@ -277,8 +280,7 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> topk_svd(Tens
     out.u.push_back(new_empty(mat, {mat.sizes()[0], kept}, type));
     out.vh.push_back(new_empty(mat, {kept, mat.sizes()[1]}, type));
   }
-  const auto problem = svd::make_problem(static_cast<int>(k), tol, max_passes, vectors, static_cast<uint64_t>(seed));
-  Call(mats, minus, problem, out).run();
+  Call(mats, minus, k, svd::make_problem(k, tol, max_passes, vectors, static_cast<uint64_t>(seed)), out).run();
   return {out.s, out.u, out.vh, out.residual, out.passes};
 }
 
@@ -288,8 +290,7 @@ Tensor weight_statistics(TensorList mats, TensorList minus, int64_t r, double to
   Results out;
   out.statistics = new_empty(mats[0], {static_cast<int64_t>(mats.size()), 3 + r}, ScalarType::Double);
   torch::stable::zero_(out.statistics);
-  const auto problem = svd::make_problem(static_cast<int>(r), tol, max_passes, false, static_cast<uint64_t>(seed));
-  Call(mats, minus, problem, out).run();
+  Call(mats, minus, r, svd::make_problem(r, tol, max_passes, false, static_cast<uint64_t>(seed)), out).run();
   return out.statistics;
 }
 

@@ -256,12 +256,28 @@ NATIVE_TEST(cuda_svd_every_pair_of_a_tournament_meets_once) {
   }
 }
 
+NATIVE_TEST(cuda_svd_every_column_and_row_has_one_place) {
+  for (Storage storage : {Storage::f64, Storage::f32, Storage::bf16, Storage::f16}) {
+    for (int side : {1, 2, 31, 32, 33, 127, 256, 257, 511, 512, 513, 1000, 2049}) {
+      Matrix a{};
+      a.storage = storage;
+      a.rows = a.columns = side;
+      std::vector<int> taken(static_cast<size_t>(padded_columns(a)), 0);
+      for (int x = 0; x < side; ++x) ++taken.at(static_cast<size_t>(padded_position(a, x)));
+      CHECK(std::count(taken.begin(), taken.end(), 1) == side && *std::max_element(taken.begin(), taken.end()) == 1);
+      CHECK(product_blocks(a) * kProductRows >= side && (product_blocks(a) - 1) * kProductRows < side);
+      CHECK(splits(a) * kSplitRows >= side && (splits(a) - 1) * kSplitRows < side);
+      CHECK(split_blocks(a) == static_cast<int64_t>(splits(a)) * panels(a) && padded_columns(a) >= side);
+    }
+  }
+}
+
 NATIVE_TEST(cuda_svd_eigenvalues_of_graded_and_repeated_matrices) {
   for (int size : {1, 2, 3, 8, 31, 48}) {
     const int ld = size + 3;
     std::vector<double> q = normal(size * size, 5), storage(4000), d(size);
-    orthonormalize(Block(), q.data(), 0, q.data(), size, size, 0, Same{0}, 0, 0, {storage.data(), storage.data() + 3000},
-                   nullptr);
+    const Sums sums{storage.data(), storage.data() + 3000};
+    orthonormalize(Block(), q.data(), 0, q.data(), size, size, 0, Same{0}, 0, 0, sums, nullptr);
     for (int i = 0; i < size; ++i) d[i] = i % 3 == 0 ? 2.0 : std::pow(0.5, i);
     std::vector<double> t(ld * ld), vectors(ld * ld), values(ld);
     std::vector<int> order(ld), rotated(ld);
@@ -300,7 +316,8 @@ NATIVE_TEST(cuda_svd_dense) {
 
 NATIVE_TEST(cuda_svd_lanczos) {
   Options o;
-  for (auto [rows, columns] : {std::pair(150, 150), {64, 200}, {200, 64}, {70, 601}, {601, 70}, {1100, 33}, {33, 530}}) {
+  for (auto [rows, columns] :
+       {std::pair(150, 150), {64, 200}, {200, 64}, {70, 601}, {601, 70}, {1100, 33}, {33, 530}}) {
     o.k = 3;
     check_random<double>(rows, columns, o, false);
     check_random<float>(rows, columns, o, false);
@@ -392,7 +409,9 @@ NATIVE_TEST(cuda_svd_extreme_scales) {
       auto values = plain;
       for (double& x : values) x *= scale;
       const auto result = run<T>(values, 150, 70, Options(), dense);
-      for (int i = 0; i < 3; ++i) CHECK(std::abs(result.s[i] / scale - exact[i]) <= 1e-3 * exact[i], scale, i, result.s[i]);
+      for (int i = 0; i < 3; ++i) {
+        CHECK(std::abs(result.s[i] / scale - exact[i]) <= 1e-3 * exact[i], scale, i, result.s[i]);
+      }
     }
   };
   check_scale(float(), 1e-30);

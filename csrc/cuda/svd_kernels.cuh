@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) results_kernel(Batch batch) {
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kDenseThreads) dense_kernel(Batch batch) {
+__global__ void __launch_bounds__(kDenseThreads, 1) dense_kernel(Batch batch) {
   const Matrix& a = batch.matrices[blockIdx.x];
   Arena arena(reinterpret_cast<char*>(dynamic_shared));
   const int side = a.rows < a.columns ? a.rows : a.columns, length = a.rows < a.columns ? a.columns : a.rows;

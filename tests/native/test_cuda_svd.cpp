@@ -6,6 +6,15 @@
 #include "cuda/svd_dense.cuh"
 #include "cuda/svd_lanczos.cuh"
 
+// NATIVE_TEST for code of the device, which does not depend on the instruction set: run for the first one only.
+#define DEVICE_TEST(name)                                  \
+  static void name##_once();                               \
+  NATIVE_TEST(name) {                                      \
+    static const bool done = (name##_once(), true);        \
+    CHECK(done);                                           \
+  }                                                        \
+  static void name##_once()
+
 namespace {
 
 using namespace statsmerge;
@@ -237,7 +246,7 @@ void check_random(int rows, int columns, Options o, bool dense) {
 
 }  // namespace
 
-NATIVE_TEST(cuda_svd_every_pair_of_a_tournament_meets_once) {
+DEVICE_TEST(cuda_svd_every_pair_of_a_tournament_meets_once) {
   for (int players = 2; players <= 20; players += 2) {
     std::vector<int> met(players * players, 0);
     for (int step = 0; step < players - 1; ++step) {
@@ -256,7 +265,7 @@ NATIVE_TEST(cuda_svd_every_pair_of_a_tournament_meets_once) {
   }
 }
 
-NATIVE_TEST(cuda_svd_every_column_and_row_has_one_place) {
+DEVICE_TEST(cuda_svd_every_column_and_row_has_one_place) {
   for (Storage storage : {Storage::f64, Storage::f32, Storage::bf16, Storage::f16}) {
     for (int side : {1, 2, 31, 32, 33, 127, 256, 257, 511, 512, 513, 1000, 2049}) {
       Matrix a{};
@@ -272,7 +281,7 @@ NATIVE_TEST(cuda_svd_every_column_and_row_has_one_place) {
   }
 }
 
-NATIVE_TEST(cuda_svd_eigenvalues_of_graded_and_repeated_matrices) {
+DEVICE_TEST(cuda_svd_eigenvalues_of_graded_and_repeated_matrices) {
   for (int size : {1, 2, 3, 8, 31, 48}) {
     const int ld = size + 3;
     std::vector<double> q = normal(size * size, 5), storage(4000), d(size);
@@ -302,7 +311,7 @@ NATIVE_TEST(cuda_svd_eigenvalues_of_graded_and_repeated_matrices) {
   }
 }
 
-NATIVE_TEST(cuda_svd_dense) {
+DEVICE_TEST(cuda_svd_dense) {
   Options o;
   for (auto [rows, columns] : {std::pair(1, 1), {1, 50}, {50, 1}, {7, 300}, {300, 7}, {40, 41}, {33, 33}, {128, 60}}) {
     o.k = std::min({5, rows, columns});
@@ -314,7 +323,7 @@ NATIVE_TEST(cuda_svd_dense) {
   check_random<double>(40, 50, o, true);
 }
 
-NATIVE_TEST(cuda_svd_lanczos) {
+DEVICE_TEST(cuda_svd_lanczos) {
   Options o;
   for (auto [rows, columns] :
        {std::pair(150, 150), {64, 200}, {200, 64}, {70, 601}, {601, 70}, {1100, 33}, {33, 530}}) {
@@ -327,7 +336,7 @@ NATIVE_TEST(cuda_svd_lanczos) {
   }
 }
 
-NATIVE_TEST(cuda_svd_lanczos_of_thin_matrices) {
+DEVICE_TEST(cuda_svd_lanczos_of_thin_matrices) {
   Options o;
   for (auto [rows, columns] : {std::pair(1, 700), {700, 1}, {700, 2}, {2, 700}, {600, 5}, {5, 600}}) {
     o.k = std::min({3, rows, columns});
@@ -336,7 +345,7 @@ NATIVE_TEST(cuda_svd_lanczos_of_thin_matrices) {
   }
 }
 
-NATIVE_TEST(cuda_svd_strides_and_subtrahends) {
+DEVICE_TEST(cuda_svd_strides_and_subtrahends) {
   const int rows = 90, columns = 77;
   const auto values = rounded<bf16>(normal(rows * columns, 1)), minus = rounded<bf16>(normal(rows * columns, 2));
   std::vector<double> difference(values);
@@ -355,7 +364,7 @@ NATIVE_TEST(cuda_svd_strides_and_subtrahends) {
   }
 }
 
-NATIVE_TEST(cuda_svd_spectra) {
+DEVICE_TEST(cuda_svd_spectra) {
   std::vector<double> graded, repeated{5, 5, 5}, clustered{3, 3 - 1e-5, 3 - 2e-5, 2.9};
   for (int i = 0; i < 60; ++i) graded.push_back(std::pow(10.0, -5.0 * i / 59));
   repeated.resize(43, 1.0);
@@ -374,7 +383,7 @@ NATIVE_TEST(cuda_svd_spectra) {
   }
 }
 
-NATIVE_TEST(cuda_svd_tolerance_and_passes) {
+DEVICE_TEST(cuda_svd_tolerance_and_passes) {
   const int rows = 300, columns = 260;
   const auto values = normal(rows * columns, 9);
   const auto exact = singular_values(values, rows, columns);
@@ -401,7 +410,7 @@ NATIVE_TEST(cuda_svd_tolerance_and_passes) {
   }
 }
 
-NATIVE_TEST(cuda_svd_extreme_scales) {
+DEVICE_TEST(cuda_svd_extreme_scales) {
   const auto plain = normal(150 * 70, 4);
   const auto exact = singular_values(plain, 150, 70);
   const auto check_scale = [&]<class T>(T, double scale) {
@@ -421,7 +430,7 @@ NATIVE_TEST(cuda_svd_extreme_scales) {
   check_scale(double(), 1e200);
 }
 
-NATIVE_TEST(cuda_svd_statistics_and_bad_values) {
+DEVICE_TEST(cuda_svd_statistics_and_bad_values) {
   for (bool dense : {false, true}) {
     const int rows = 90, columns = 77;
     auto values = rounded<float>(normal(rows * columns, 6));
@@ -445,7 +454,7 @@ NATIVE_TEST(cuda_svd_statistics_and_bad_values) {
   }
 }
 
-NATIVE_TEST(cuda_svd_seeds) {
+DEVICE_TEST(cuda_svd_seeds) {
   const auto values = normal(150 * 70, 8);
   Options o;
   const auto first = run<float>(values, 150, 70, o, false), again = run<float>(values, 150, 70, o, false);

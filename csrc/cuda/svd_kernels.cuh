@@ -90,20 +90,20 @@ __device__ inline void count_down(const Batch& batch, const Matrix& a, bool done
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kStepThreads, 2) begin_kernel(Batch batch) {
+__global__ void __launch_bounds__(kStepThreads, 1) begin_kernel(Batch batch) {
   const Matrix& a = batch.matrices[blockIdx.x];
   count_down(batch, a, begin<Acc>(Block(), batch.problem, a, step_work(batch.problem)));
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kStepThreads, 2) advance_kernel(Batch batch) {
+__global__ void __launch_bounds__(kStepThreads, 1) advance_kernel(Batch batch) {
   const Matrix& a = batch.matrices[blockIdx.x];
   if (a.progress->done) return;
   count_down(batch, a, advance<Acc>(Block(), batch.problem, a, step_work(batch.problem)));
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kStepThreads, 2) results_kernel(Batch batch) {
+__global__ void __launch_bounds__(kStepThreads, 1) results_kernel(Batch batch) {
   write_results<Acc>(Block(), batch.problem, batch.matrices[blockIdx.x], step_work(batch.problem));
 }
 

@@ -36,8 +36,11 @@ double largest_difference(const Matrix& a, const Matrix& b) {
 }
 
 std::unique_ptr<statsmerge::PseudoInverse> inverse_of(const Matrix& c, int64_t n, double rcond = 0) {
+  const auto eigen = [](const std::vector<double>& matrix, int64_t size) {
+    return statsmerge::symmetric_eigen(matrix, size);
+  };
   return statsmerge::pseudo_inverse({reinterpret_cast<const char*>(c.data()), statsmerge::Storage::f64, n}, 0.0, rcond,
-                                    statsmerge::symmetric_eigen, "C");
+                                    eigen, "C");
 }
 
 }  // namespace

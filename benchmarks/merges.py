@@ -27,6 +27,7 @@ from torch.func import functional_call
 import statsmerge_ext
 from statsmerge_ext.engine.merged_model import LayerWiseMergedModel
 from statsmerge_ext.engine.problem import MergeProblem
+from statsmerge_ext.engine.together import join, samples, take_apart
 from statsmerge_ext.layers import find_layers
 from statsmerge_ext.memory import keep_freed_memory
 
@@ -259,7 +260,7 @@ def step(samples: int) -> Step:
 
 
 class OurStep:
-    """Merge once, let the tasks' gradients add up on the merged weights, contract them with the task vectors once."""
+    """Merge once, run all tasks' samples as one batch, contract their gradients with the task vectors once."""
 
     def __init__(self, step: Step) -> None:
         problem = step.problem
@@ -277,8 +278,9 @@ class OurStep:
     def __call__(self) -> State:
         coefficients = self.step.coefficients.clone().requires_grad_()
         self.merged.merge_weights(coefficients)
-        for k, (batch,) in enumerate(self.step.problem.batches.values()):
-            self.merged.accumulate(self.step.loss(k, self.merged(batch)))
+        batches = [batch for (batch,) in self.step.problem.batches.values()]
+        features = take_apart(self.merged(join(batches)), [samples(batch) for batch in batches])
+        self.merged.accumulate(sum(self.step.loss(k, part) for k, part in enumerate(features)))
         self.merged.backward()
         return {"gradient": coefficients.grad}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from statsmerge_ext.engine.merged_model import LayerWiseMergedModel
+from statsmerge_ext.engine.together import groups, join, samples, take_apart
 from statsmerge_ext.errors import MethodError
 
 
@@ -25,6 +26,8 @@ class Training:
         autocast: run the model and its head in bfloat16 where torch.autocast does; merged weights, losses and
             coefficients stay as they are.
         holdout: share of every task's batches that is kept out of training, to stop early by.
+        together: most samples that are run at once, whatever their task; a task's batch is never cut. More is faster,
+            up to a point, and takes memory for the activations.
         patience: epochs without a smaller loss on the held-out batches after which training stops; the coefficients
             of the best epoch are taken.
     """
@@ -35,6 +38,7 @@ class Training:
     autocast: bool = False
     holdout: float = 0.0
     patience: int = 20
+    together: int = 64
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or not self.lr > 0 or self.lr_step < 1:
@@ -43,6 +47,8 @@ class Training:
         if not 0 <= self.holdout < 1 or self.patience < 1:
             got = f"{self.holdout}, {self.patience}"
             raise MethodError(f"holdout, patience: expected a share in [0, 1) and a positive number, got {got}")
+        if self.together < 1:
+            raise MethodError(f"together: expected a positive number, got {self.together}")
 
 
 def learn_coefficients(
@@ -179,10 +185,9 @@ class _Run:
         self.optimizer.zero_grad()
         self.merged.merge_weights(self.coefficients())
         total = 0.0
-        for name, stream in self.streams.items():
-            value = self._loss(name, next(stream)) / len(self.streams)
-            self.merged.accumulate(value)
-            total += value.item()
+        for value in self._losses([(name, next(stream)) for name, stream in self.streams.items()]):
+            self.merged.accumulate(value / len(self.streams))
+            total += value.item() / len(self.streams)
         if math.isfinite(total):
             self.merged.backward()
             self.optimizer.step()
@@ -192,16 +197,25 @@ class _Run:
         with torch.no_grad():
             self.merged.merge_weights(self.coefficients())
             means = [
-                sum(self._loss(name, place).item() for place in places) / len(places)
+                sum(value.item() for value in self._losses([(name, place) for place in places])) / len(places)
                 for name, places in self.held_out.items()
             ]
         return sum(means) / len(means)
 
-    def _loss(self, name: str, place: int) -> Tensor:
+    def _losses(self, chosen: list[tuple[str, int]]) -> Iterator[Tensor]:
+        """The losses of the chosen batches (expert, number): sums over those that are run as one."""
         autocast = self.training.autocast
-        with torch.autocast(self.merged.device.type, torch.bfloat16, enabled=autocast):
-            output = self.output(name, self.merged(self.merged.problem.batches[name][place]))
-        return self.loss(name, place, output.float() if autocast else output)
+        batches = [self.merged.problem.batches[name][place] for name, place in chosen]
+        for group in groups(batches, self.training.together):
+            members = [batches[i] for i in group]
+            with torch.autocast(self.merged.device.type, torch.bfloat16, enabled=autocast):
+                parts = take_apart(self.merged(join(members)), [samples(batch) for batch in members])
+                outputs = [self.output(chosen[i][0], part) for i, part in zip(group, parts, strict=True)]
+            losses = [
+                self.loss(*chosen[i], output.float() if autocast else output)
+                for i, output in zip(group, outputs, strict=True)
+            ]
+            yield torch.stack(losses).sum()
 
     def _copy(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]

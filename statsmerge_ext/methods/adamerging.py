@@ -28,6 +28,7 @@ def adamerging(
     autocast: bool = False,
     holdout: float = 0.0,
     patience: int = 20,
+    together: int = 64,
     storage: str = "full",
 ) -> Solution:
     """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l with the λ that make the mean entropy of all tasks' predictions least.
@@ -41,13 +42,13 @@ def adamerging(
             paper: 0.2), of which those against the elected sign are left out as well.
         init_values: the λ to start from.
         clamp_weights: keep λ in [0, 1].
-        epochs, lr, lr_step, autocast, holdout, patience, storage: as in ``stats_merging``; the paper takes 500 steps
-            of 16 samples a task.
+        epochs, lr, lr_step, autocast, holdout, patience, together, storage: as in ``stats_merging``; the paper takes
+            500 steps of 16 samples a task.
 
     Raises:
         MethodError: a granularity or setting out of range, no expert differs from the base, or a first loss not finite.
     """
-    training = Training(epochs, lr, lr_step, autocast, holdout, patience)
+    training = Training(epochs, lr, lr_step, autocast, holdout, patience, together)
     layer_wise = is_layer_wise(granularity)
     prepared = {} if density is None else {"prepare": Election(problem, density).elected}
     merged = LayerWiseMergedModel(problem, storage=storage, **prepared)

@@ -43,6 +43,7 @@ def stats_merging(
     autocast: bool = False,
     holdout: float = 0.0,
     patience: int = 20,
+    together: int = 64,
     storage: str = "full",
 ) -> Solution:
     """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l, λ_k^l = learner(statistics of layer l of expert k).
@@ -70,6 +71,7 @@ def stats_merging(
         autocast: run the merged model in bfloat16 while learning: much faster on processors that multiply bfloat16,
             with coefficients that differ a little.
         holdout, patience: the share of the batches to stop early by, and after how many epochs without progress there.
+        together: most samples, of all tasks, that are run at once.
         storage: "full", "bfloat16", "int8", "int4", "int3" or "int2": in what form the task vectors wait for the next
             step; what is smaller than "full" takes that much less memory, and merges what it stores.
 
@@ -78,7 +80,7 @@ def stats_merging(
             finite.
         CalibrationError: the model's outputs are not what the loss compares.
     """
-    training = Training(epochs, lr, lr_step, autocast, holdout, patience)
+    training = Training(epochs, lr, lr_step, autocast, holdout, patience, together)
     is_layer_wise(granularity)
     columns = _columns(statistics, r)
     if init_values is None:

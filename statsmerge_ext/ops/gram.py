@@ -89,8 +89,8 @@ def gram_accumulate_patches_(
     The patches, `unfold_patches(x, …)`, are formed a few at a time inside the kernel, never as a whole.
 
     Args:
-        gram: [groups, in, in] with in = C / groups · Π kernel_size, in the order of the convolution's weight; float32 or
-            float64, the type that is accumulated in. Only the lower triangles are kept up to date, as by
+        gram: [groups, in, in] with in = C / groups · Π kernel_size, in the order of the convolution's weight; float32
+            or float64, the type that is accumulated in. Only the lower triangles are kept up to date, as by
             `gram_accumulate_`.
         x: [N, C, *spatial], the convolution's input: one to three spatial dimensions, any strides; float64, float32,
             bfloat16 or float16.
@@ -154,8 +154,8 @@ def unfold_patches(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """The patches that a convolution reads from `x` [N, C, *spatial], as [groups, N · outputs, C / groups · Π kernel_size]
-    in the order of the weight's own flattening."""
+    """The patches that a convolution reads from `x` [N, C, *spatial], in the order of the weight's own flattening:
+    [groups, N · outputs, C / groups · Π kernel_size]."""
     dims = len(kernel_size)
     # Unfolding copies single elements: channel-last memory would make every one of them a cache miss.
     x = F.pad(x.contiguous(), [side for pair in reversed(padding) for side in pair])

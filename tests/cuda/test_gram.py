@@ -137,7 +137,7 @@ def test_many_tokens_of_small_grams(device):
 @pytest.mark.parametrize("size", [7, 130, 1100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_features_and_grams(device, dtype, size):
-    """Rows that are not aligned, columns apart, transposed features; Grams inside of others; nothing else is touched."""
+    """Rows that are not aligned, columns apart, transposed features; Grams inside others; nothing else is touched."""
     wide = torch.randn(200, 2 * size + 3, device=device).to(dtype)
     features = [wide[:, 1 : 1 + size], wide[:, : 2 * size : 2], torch.randn(size, 200, device=device).to(dtype).T]
     for x in features:

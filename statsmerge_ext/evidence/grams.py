@@ -248,13 +248,14 @@ class _Collector:
             ops.gram_accumulate_patches_(self.grams[layer.name], x, **vars(geometry), weight=weight)
 
     def _add_squares(self, layer: Layer, observation: Observation) -> None:
-        x = observation.features().to(self.gram_dtype)
+        x = observation.features()
         tokens = x.shape[: x.dim() - len(self.shapes[layer.name])]
         weight = self._token_weight(observation, tokens)
-        squares = x.square().reshape(-1, *self.shapes[layer.name])
+        # A batch is summed in its own precision, batches in the evidence's: means are taken of these, nothing is solved.
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().reshape(-1, *self.shapes[layer.name])
         if weight is not None:
             squares *= weight.reshape(-1, *[1] * (squares.dim() - 1))
-        self._add_weights(layer, squares.sum(0))
+        self._add_weights(layer, squares.sum(0).to(self.gram_dtype))
 
     def _add_counts(self, layer: Layer, observation: Observation) -> None:
         rows = observation.features()

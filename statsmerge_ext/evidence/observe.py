@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -174,9 +175,18 @@ def normalised(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     """What the scale of a normalisation multiplies, with the scale's dimensions last.
 
     A normalisation's output is affine in its scale, so the difference of its outputs at scales one and zero is the
-    normalised input, whatever the class: LayerNorm, RMSNorm, the (1 + weight) form, BatchNorm with frozen statistics.
+    normalised input, whatever the class: RMSNorm, the (1 + weight) form, GroupNorm and the like. torch's own LayerNorm,
+    and BatchNorm with frozen statistics, take one pass over the input instead.
     """
     weight = module.weight
+    if type(module) is nn.LayerNorm:
+        x = _argument(args, kwargs, 0, "input")
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    if type(module).forward is batch_norm.forward and not module.training and module.running_var is not None:
+        x = _argument(args, kwargs, 0, "input")
+        factor = (module.running_var + module.eps).rsqrt()
+        return torch.addcmul(-factor * module.running_mean, x.movedim(1, -1), factor)
     at_one, at_zero = (
         functional_call(module, {"weight": torch.full_like(weight, value)}, args, kwargs) for value in (1.0, 0.0)
     )

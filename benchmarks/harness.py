@@ -66,7 +66,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Bar:
-    """What our route has to reach: ``peer`` takes so many times its time, or has so many times what else it is ``of``."""
+    """What our route has to reach: ``peer`` takes so many times its time, or has so many times what it is ``of``."""
 
     peer: str
     at_least: float

@@ -196,8 +196,8 @@ def facts_line(run: Run) -> str:
     facts = run.facts
     dirty = " with local changes" if facts.get("dirty") else ""
     return (
-        f"{facts['cpu']['brand_raw']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python_version']}; "
-        f"{facts['date']}, commit {facts.get('id', 'unknown')[:7]}{dirty}."
+        f"{facts['cpu']['brand_raw']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"Python {facts['python_version']}; {facts['date']}, commit {facts.get('id', 'unknown')[:7]}{dirty}."
     )
 
 

@@ -1,7 +1,7 @@
 """What the machine can do at best: the bandwidth and the arithmetic that all floors are computed from.
 
-Measured before everything else and once more after it, since a shared machine's limits move. Matrix products are measured
-through mm and through oneDNN's linear layer: on some processors the BLAS behind mm reaches half of what the
+Measured before everything else and once more after it, since a shared machine's limits move. Matrix products are
+measured through mm and through oneDNN's linear layer: on some processors the BLAS behind mm reaches half of what the
 processor can do, and a share of that would exceed 100 %.
 """
 

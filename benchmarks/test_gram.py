@@ -26,7 +26,7 @@ def exact_gram(x: Tensor) -> Tensor:
 
 
 def accumulate(x: Tensor, dtype: torch.dtype = torch.float32, image: Tensor | None = None, **geometry) -> Route:
-    """Our route for x [..., tokens, in], or for the ``image`` whose patches x are; a triangle is read and written once."""
+    """Our route for x [..., tokens, in], or for the ``image`` whose patches x are; a triangle is moved twice."""
     *batch, tokens, size = x.shape
     start = torch.zeros(*batch, size, size, dtype=dtype).masked_fill_(torch.ones(size, size).triu(1).bool(), torch.nan)
     gram = torch.empty_like(start)
@@ -125,5 +125,6 @@ def test_convolution(case, channels, groups, kernel, side):
         OURS: accumulate(x, image=image, kernel_size=kernel, padding=kernel // 2, groups=groups),
         "unfold + bmm": Route(unfold_bmm, product_work(x, "float32")),
     }
-    name = f"convolution {kernel} × {kernel}, {channels} channels in {groups} group{'s' * (groups > 1)}, 16 × {side} × {side}"
+    grouped = f"{channels} channels in {groups} group{'s' * (groups > 1)}"
+    name = f"convolution {kernel} × {kernel}, {grouped}, 16 × {side} × {side}"
     case(name, routes, errors=lower_error(exact_gram(x)), bound=1e-6)

@@ -1,8 +1,8 @@
 """topk_svd: the three leading singular values to 1e-3, beside full, randomised and Lanczos decompositions.
 
-Every peer gets float32 (bfloat16 is converted in its timed run). ARPACK and PROPACK get tolerances that leave them errors
-like ours or, as they count in restarts and steps, smaller ones; looser tolerances make them no faster. svd_lowrank has no
-tolerance, which is what its error column is about.
+Every peer gets float32 (bfloat16 is converted in its timed run). ARPACK and PROPACK get tolerances that leave them
+errors like ours or, as they count in restarts and steps, smaller ones; looser tolerances make them no faster.
+svd_lowrank has no tolerance, which is what its error column is about.
 """
 
 from __future__ import annotations
@@ -189,5 +189,8 @@ def test_statistics(case):
         return torch.stack(rows)
 
     routes = {OURS: Route(lambda: ops.weight_statistics(mats, K)), "mean, var, norm, svdvals": Route(plain)}
-    errors = lambda result: {"error": relative_error(result, exact)}
+
+    def errors(result):
+        return {"error": relative_error(result, exact)}
+
     case("weight_statistics, 12 × 768 × 768 float32", routes, errors=errors, bound=TOL, rounds=5)

@@ -1,8 +1,8 @@
 """weighted_merge and its gradient on all tensors of a ViT-B/32 with eight experts, beside chains of foreach operations.
 
-One fused pass moves (K + 2) · P elements, a chain over all tensors 3 · K · P. A loop that finishes one tensor before the next
-finds its running sum in the caches and moves no more than the fused pass; so does a loop of dot products with its
-gradient, (K + 1) · P.
+One fused pass moves (K + 2) · P elements, a chain over all tensors 3 · K · P. A loop that finishes one tensor before
+the next finds its running sum in the caches and moves no more than the fused pass; so does a loop of dot products with
+its gradient, (K + 1) · P.
 The memory for the merged tensors is new in every run of every route, as it is in a merge.
 """
 

@@ -251,7 +251,7 @@ class _Collector:
         x = observation.features()
         tokens = x.shape[: x.dim() - len(self.shapes[layer.name])]
         weight = self._token_weight(observation, tokens)
-        # A batch is summed in its own precision, batches in the evidence's: means are taken of these, nothing is solved.
+        # A batch is summed in its own precision, batches in the evidence's: these only weigh means, nothing is solved.
         squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().reshape(-1, *self.shapes[layer.name])
         if weight is not None:
             squares *= weight.reshape(-1, *[1] * (squares.dim() - 1))

@@ -114,6 +114,8 @@ def read_run(path: Path) -> Run:
             kind = extra["ceiling"]
             rates[kind] = max(rates.get(kind, 0.0), extra["amount"] / min(seconds))
             continue
+        if "routes" not in extra:  # a case whose result was not good enough has no times
+            continue
         routes = {
             name: Measured(route["seconds"] or seconds, route["errors"], route["work"])
             for name, route in extra["routes"].items()

@@ -50,8 +50,8 @@ void for_each_chunk(const std::vector<MergeLayer>& layers, const std::vector<Tas
     elements += layer.count;
     bytes += layer.count * bytes_of(layer.storage);
   }
-  // a thread is worth waking for four full chunks' work
-  const int64_t grain = 4 * kChunk * std::max<int64_t>(chunks.count(), 1) / std::max<int64_t>(elements, 1);
+  // a thread is worth waking for 16 full chunks' work
+  const int64_t grain = 16 * kChunk * std::max<int64_t>(chunks.count(), 1) / std::max<int64_t>(elements, 1);
   parallel_for(0, chunks.count(), std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin, l = chunks.layer_of(begin); c < end; ++c) {
       while (c >= chunks.start[l + 1]) ++l;

@@ -218,13 +218,14 @@ def draw(runs: Mapping[str, Run], operator: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(next(iter(runs.values())).operators[operator])
-    peers = sorted({r for run in runs.values() for c in run.operators[operator].values() for r in c.routes} - {OURS})
+    cases = [case for run in runs.values() for case in run.operators.get(operator, {}).values()]
+    peers = sorted({route for case in cases for route in case.routes} - {OURS})
     colours = {name: f"C{place + 1}" for place, name in enumerate(peers)}
     height = 1.2 + 0.28 * len(names) + 0.05 * len(peers)
     figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), height), sharey=True, squeeze=False)
     for axis, (target, run) in zip(axes[0], runs.items(), strict=True):
         for place, name in enumerate(names):
-            case = run.operators[operator].get(name)
+            case = run.operators.get(operator, {}).get(name)
             if case is None:
                 continue
             for route, measured in case.routes.items():

@@ -101,8 +101,8 @@ def test_step(case, tmp_path, samples):
 
     def errors(child: Child) -> dict[str, float]:
         state = child.result()
-        if state is None or exact is None:
-            return {"error": 0.0, **child.memory()}
+        if state is None or exact is None:  # in float64, more samples would not fit the memory of a small machine
+            return child.memory()
         return {"error": relative_error(state["gradient"], exact), **child.memory()}
 
     case(

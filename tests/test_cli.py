@@ -44,7 +44,7 @@ class TinySuite:
     def task(self, name):
         inputs = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
         labels = (inputs > 0 if name == "positive" else inputs < 0).long().flatten()
-        return SimpleNamespace(batches=lambda split: [(inputs, labels)], head=lambda x: torch.cat([-x, x], 1))
+        return SimpleNamespace(batches=lambda split, change: [(inputs, labels)], head=lambda x: torch.cat([-x, x], 1))
 
 
 @pytest.mark.parametrize(

@@ -53,5 +53,5 @@ def test_memory_is_that_of_the_run():
     torch.ones(2**24)
     held = merges.resident("VmRSS")
     merges.reset_peak()
-    torch.ones(2**25)
-    assert 2**26 < merges.resident("VmHWM") - held < 2**28
+    torch.ones(2**26)  # 256 MiB, of which what was freed before may be a part
+    assert 2**27 < merges.resident("VmHWM") - held < 2**29

@@ -34,7 +34,7 @@ results: $(VENV)/.demo  ## measure docs/results.md again: three seeds
 	$(BIN)/python benchmarks/results.py
 
 clean:
-	rm -rf $(VENV) build demo-report *.egg-info statsmerge_ext/_C*.so
+	rm -rf $(VENV) build demo-report studies *.egg-info statsmerge_ext/_C*.so
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

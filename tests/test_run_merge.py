@@ -179,7 +179,7 @@ def test_architectures_whose_files_differ_from_their_modules(models, architectur
     shutil.copytree(models / "a", models / "twin")
     np.savez(models / "images.npz", np.random.default_rng(0).standard_normal((4, 3, 8, 8), dtype=np.float32))
     data = {"data": "images.npz" if architecture == "vit" else "texts.txt"}
-    parameters = {"scaling_factor": 1.0, "rcond": 1e-6}
+    parameters = {"scaling_factor": 1.0, "ridge": 0.0, "rcond": 1e-6}
     assert merge(models, method="lot", experts=["a", "twin"], calibration=data, parameters=parameters) == 0
     merged, base, expert = states(models, "out", "base", "a")
     assert set(merged) == set(base)

@@ -136,10 +136,6 @@ def merge(
     if problem.journal:
         problem.journal.remove()
     state = _complete(problem, solution, buffers)
-    model = None
-    if module is not None:  # a new copy: the method's own may be frozen, or in another mode
-        model = copy.deepcopy(module)
-        model.load_state_dict(state)
     coefficients = _coefficient_table(problem, solution)
     report = {
         "method": chosen.name,
@@ -151,7 +147,13 @@ def merge(
         "layers": _layer_report(layers, evidence if "grams" in chosen.needs else None),
         **solution.notes,
     }
-    return MergeResult(state, model, coefficients, solution.learner, report)
+    result = MergeResult(state, None, coefficients, solution.learner, report)
+    if module is not None:
+        # A new copy: the method's own may be frozen, or in another mode. It and the evidence are let go of before.
+        del problem, evidence, solution
+        result.model = copy.deepcopy(module)
+        result.model.load_state_dict(state)
+    return result
 
 
 def default_forward(model: nn.Module, batch: object) -> object:

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem
+from statsmerge_ext.errors import MethodError
 from statsmerge_ext.layers import Layer
+
+# Features are float32 whatever their Gram matrix is.
+_RESOLUTION = torch.finfo(torch.float32).eps
 
 
 class LayerSolver:
@@ -19,21 +23,33 @@ class LayerSolver:
         problem: its evidence holds C and D.
         shrink: (leader, C) -> C, and
         shrink_product: (layer, D) -> D: what a method makes of them before solving.
-        rcond: eigenvalues of C up to rcond × the largest count as zero. None: the float32 epsilon, since the
-            features are float32 whatever C's own dtype is.
+        ridge: what is added to the eigenvalues of C, as a part of their mean.
+        rcond: with no ridge, eigenvalues of C up to rcond × the largest count as zero. None: the float32 epsilon.
+
+    Raises:
+        MethodError: a negative ridge, or a ridge and a cut-off at once.
     """
 
     def __init__(
         self,
         problem: MergeProblem,
         *,
+        ridge: float = 0.0,
         rcond: float | None = None,
         shrink: Callable[[str, Tensor], Tensor] = lambda leader, gram: gram,
         shrink_product: Callable[[Layer, Tensor], Tensor] = lambda layer, product: product,
     ) -> None:
+        if rcond is None:
+            rcond = _RESOLUTION
+        elif ridge > 0:
+            raise MethodError(f"rcond: expected None with a ridge, got {rcond}; pass ridge=0 for the pseudo-inverse")
+        if not 0 <= ridge < float("inf"):
+            raise MethodError(f"ridge: expected a number of at least 0, got {ridge}")
         self._evidence = problem.evidence
         self._shrink, self._shrink_product = shrink, shrink_product
-        self._rcond = rcond
+        # The rounding of float32 sums stays well below this part of the largest eigenvalue, and the ridge above it.
+        self._cut_off = _RESOLUTION / 8 if ridge > 0 else rcond
+        self._ridge = ridge
         self._members: dict[str, list[Layer]] = {}
         for layer in problem.layers:
             if layer.name in self._evidence.leaders:
@@ -52,8 +68,11 @@ class LayerSolver:
         members = self._members[leader]
         gram = self._shrink(leader, self._evidence.grams[leader])
         products = [self._shrink_product(layer, self._evidence.products[layer.name]) for layer in members]
-        rcond = torch.finfo(torch.float32).eps if self._rcond is None else self._rcond
-        solution = ops.layer_solve(gram, products, rcond=rcond)
+        if self._ridge > 0:
+            gram = gram.clone()
+            diagonal = gram.diagonal(dim1=-2, dim2=-1)
+            diagonal += self._ridge * diagonal.mean(-1, keepdim=True)
+        solution = ops.layer_solve(gram, products, rcond=self._cut_off)
         for layer, task_vector in zip(members, solution.T, strict=True):
             self._solved[layer.name] = task_vector
             self.quality[layer.name] = {

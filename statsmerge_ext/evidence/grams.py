@@ -93,7 +93,7 @@ def collect_grams(
     calibration: Mapping[str, Iterable],
     *,
     forward: Callable[[nn.Module, object], object],
-    gram_dtype: torch.dtype = torch.float64,
+    gram_dtype: torch.dtype = torch.float32,
     share_inputs: bool = True,
     progress: bool = False,
 ) -> GramEvidence:
@@ -108,7 +108,7 @@ def collect_grams(
         calibration: expert name -> batches without labels. A batch with an ``attention_mask`` [N, T] has its
             padding left out of every sum.
         forward: runs the model on a batch.
-        gram_dtype: float64 keeps what float32 features know of small directions; float32 takes half the memory.
+        gram_dtype: float64 keeps what float32 features know of small directions, in twice the memory.
         share_inputs: layers that read the same tensor share a Gram matrix.
         progress: show a progress bar.
 

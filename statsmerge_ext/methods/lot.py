@@ -13,7 +13,9 @@ from statsmerge_ext.methods.registry import register_method
 
 
 @register_method("lot", needs=("grams",))
-def lot(problem: MergeProblem, *, scaling_factor: float = 1.2, rcond: float | None = None) -> Solution:
+def lot(
+    problem: MergeProblem, *, scaling_factor: float = 1.2, ridge: float = 1e-4, rcond: float | None = None
+) -> Solution:
     """θ = θ_0 + λ T* with, for each layer, the T* that moves its outputs least from the experts'.
 
     Linear weights, and convolutions group by group on their patches: T* = (Σ T_k G_k)(Σ G_k)^† (Eq. 9). Norm scales:
@@ -21,12 +23,20 @@ def lot(problem: MergeProblem, *, scaling_factor: float = 1.2, rcond: float | No
     linear layer on one-hot inputs, so its rows are means weighted by token counts. Where there is no evidence (a row
     that no sample used, a layer that was never called, a bare parameter) it is the mean.
 
+    The pseudo-inverse is taken of Σ G_k with a small ridge, which does the same for what the samples show and, where
+    they show next to nothing, falls off instead of breaking off. A Cholesky factorisation then does, where the hard
+    cut-off takes eigenvectors.
+
     Args:
         scaling_factor: λ; the paper uses 1.2 (ViT-B/32) and 1.5 (ViT-L/14).
-        rcond: eigenvalues of Σ G_k up to rcond × the largest count as zero; None: the float32 epsilon.
+        ridge: added to the eigenvalues of Σ G_k, as a part of their mean; 0 for the pseudo-inverse itself.
+        rcond: with ridge=0, eigenvalues of Σ G_k up to rcond × the largest count as zero; None: the float32 epsilon.
+
+    Raises:
+        MethodError: a negative ridge, or a ridge and a cut-off at once.
     """
     evidence = problem.evidence
-    solver = LayerSolver(problem, rcond=rcond)
+    solver = LayerSolver(problem, ridge=ridge, rcond=rcond)
 
     def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
         if layer.name in evidence.leaders:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from statsmerge_ext import merge
+from statsmerge_ext.engine.merging import default_forward
+from statsmerge_ext.errors import MethodError
+from statsmerge_ext.evidence import collect_grams
+from statsmerge_ext.layers import find_layers
 from tests.closed_forms import (
     EXPERTS,
     Wrapper,
@@ -24,7 +30,7 @@ TOLERANCE = 1e-4
 
 
 def lot(base, experts, calibration, **options):
-    options = {"scaling_factor": 1.0, **options}
+    options = {"scaling_factor": 1.0, "ridge": 0.0, **options}
     return merge("lot", base=base, experts=experts, calibration=calibration, **options)
 
 
@@ -49,6 +55,41 @@ def test_linear(tokens):
     ours = merged.module.weight - base.module.weight
     for f in features:
         assert relative_error(f @ ours.T, f.double() @ expected.T) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "layer, shape", [(nn.Linear(24, 10), (5, 24)), (nn.Conv2d(8, 12, 3, padding=1, groups=4), (2, 8, 5, 4))]
+)
+def test_ridge_is_a_part_of_each_groups_mean_eigenvalue(layer, shape):
+    base, ridge = Wrapper(layer), 1e-2
+    experts, x = make_experts(base), inputs(*shape)
+    if isinstance(layer, nn.Conv2d):
+        x = {name: value * torch.linspace(1, 100, 8)[:, None, None] for name, value in x.items()}
+    merged = lot(base, experts, {k: [v] for k, v in x.items()}, ridge=ridge).model
+    groups = getattr(layer, "groups", 1)
+    ours = (merged.module.weight - base.module.weight).flatten(1).chunk(groups)
+    moved = [t.flatten(1).chunk(groups) for t in task_vectors(base, experts, "module.weight")]
+    features = [grouped_patches(v, layer) if groups > 1 else [v] for v in x.values()]
+    for group in range(groups):
+        grams = [f[group].double().T @ f[group].double() for f in features]
+        product = sum(t[group].double() @ g for t, g in zip(moved, grams, strict=True))
+        total = sum(grams)
+        total.diagonal().add_(ridge * total.diagonal().mean())
+        assert relative_error(ours[group], product @ torch.linalg.inv(total)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"ridge": -1.0}, "ridge: expected a number of at least 0, got -1.0"),
+        ({"ridge": float("nan")}, "ridge: expected a number of at least 0, got nan"),
+        ({"ridge": 1e-3, "rcond": 1e-6}, "rcond: expected None with a ridge, got 1e-06"),
+    ],
+)
+def test_impossible_regularisation(options, message):
+    base = Wrapper(nn.Linear(6, 4))
+    with pytest.raises(MethodError, match=message):
+        lot(base, make_experts(base), {k: [v] for k, v in inputs(3, 6).items()}, **options)
 
 
 def test_linear_keeps_the_base_where_there_are_no_inputs():
@@ -252,7 +293,17 @@ def test_one_expert_gives_its_outputs_on_its_calibration_data():
 def test_identical_experts_give_the_expert():
     base = small_network()
     expert, x = fine_tuned(base, 1), torch.randn(300, 3, 6, 6)
-    merged = lot(base, {"a": expert, "b": expert}, {"a": [x[:150]], "b": [x[150:]]}).model
+    experts = {"a": expert.state_dict(), "b": expert.state_dict()}
+    evidence = collect_grams(
+        copy.deepcopy(base),
+        find_layers(base),
+        base.state_dict(),
+        experts,
+        {"a": [x[:150]], "b": [x[150:]]},
+        forward=default_forward,
+        gram_dtype=torch.float64,
+    )
+    merged = lot(base, experts, None, evidence=evidence).model
     for key, value in expert.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 

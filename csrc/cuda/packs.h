@@ -4,12 +4,7 @@
 #pragma once
 
 #include "common/quantized.h"
-#include "cuda/host_device.h"
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
+#include "cuda/elements.h"
 
 namespace statsmerge::cuda {
 
@@ -64,33 +59,6 @@ struct Raw {
 
 // What the packed words of a pointer must be aligned to for the loads above.
 constexpr int64_t alignment_of(int bits) { return bits == 0 ? 16 : bits == 3 ? 1 : bits; }
-
-STATSMERGE_HD float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
-
-STATSMERGE_HD float half_to_float(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-#else
-  return widen(f16{static_cast<uint16_t>(bits)});
-#endif
-}
-
-// Round to nearest even.
-STATSMERGE_HD uint32_t float_to_half(float x) {
-#ifdef __CUDA_ARCH__
-  return __half_as_ushort(__float2half_rn(x));
-#else
-  return narrow<f16>(x).bits;
-#endif
-}
-
-STATSMERGE_HD uint32_t float_to_bfloat16(float x) {
-#ifdef __CUDA_ARCH__
-  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
-#else
-  return narrow<bf16>(x).bits;
-#endif
-}
 
 // The scale and the zero point of a group; of floating-point task vectors nothing.
 struct Group {

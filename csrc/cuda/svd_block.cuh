@@ -6,19 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifndef STATSMERGE_HD
-#ifdef __CUDACC__
-#define STATSMERGE_HD __host__ __device__
-#else
-#define STATSMERGE_HD
-#endif
-#endif
-
-#ifdef __CUDACC__
-#define STATSMERGE_UNROLL _Pragma("unroll")
-#else
-#define STATSMERGE_UNROLL
-#endif
+#include "cuda/host_device.h"
 
 namespace statsmerge::cuda::svd {
 

@@ -19,7 +19,7 @@ struct DenseWork {
   int* rotated;     // [side / 2 + 1]
 };
 
-STATSMERGE_HD inline DenseWork take_dense_work(int64_t side, int64_t length, int64_t k, Arena& arena) {
+STATSMERGE_HD_PHASE DenseWork take_dense_work(int64_t side, int64_t length, int64_t k, Arena& arena) {
   DenseWork w{};
   w.g = arena.take<double>(side * length);
   w.moments = arena.take<Moments>(kDenseThreads);
@@ -50,7 +50,7 @@ inline void take_dense_memory(Matrix& a, bool vectors, Arena& arena) {
 }
 
 // Rotates the rows of g until they are orthogonal.
-STATSMERGE_HD inline void orthogonalize_rows(const Block& block, const DenseWork& work, int side, int length) {
+STATSMERGE_HD_PHASE void orthogonalize_rows(const Block& block, const DenseWork& work, int side, int length) {
   constexpr double eps = std::numeric_limits<double>::epsilon();
   const int players = side + side % 2, pairs = players / 2;
   for (int sweep = 0; sweep < kSweeps && side > 1; ++sweep) {
@@ -90,8 +90,8 @@ STATSMERGE_HD inline void orthogonalize_rows(const Block& block, const DenseWork
 
 // All of one matrix: moments, singular values, vectors, results in Out. Marks the matrix bad if it is not finite.
 template <class Out, class Reader>
-STATSMERGE_HD void dense_svd(const Block& block, const Problem& p, const Matrix& a, const Reader& reader,
-                             const DenseWork& work) {
+STATSMERGE_HD_PHASE void dense_svd(const Block& block, const Problem& p, const Matrix& a, const Reader& reader,
+                                   const DenseWork& work) {
   using Acc = typename Reader::Acc;
   constexpr double eps = std::numeric_limits<double>::epsilon();
   const bool wide = a.rows <= a.columns;

@@ -28,7 +28,7 @@ struct StepWork {
   int* converged;      // [1]
 };
 
-STATSMERGE_HD inline StepWork take_step_work(const Problem& p, Arena& arena) {
+STATSMERGE_HD_PHASE StepWork take_step_work(const Problem& p, Arena& arena) {
   const int64_t size = p.capacity;
   const int64_t sums = p.k > size ? p.k : size;
   StepWork w{};
@@ -55,7 +55,7 @@ STATSMERGE_HD double scale_for(double largest) {
   return ldexp(1.0, -exponent);
 }
 
-STATSMERGE_HD inline void write_moments(const Moments& m, double origin, double count, double* out) {
+STATSMERGE_HD void write_moments(const Moments& m, double origin, double count, double* out) {
   const double shift = m.deviation / count, variance = m.squared_deviation / count - shift * shift;
   out[0] = origin + shift;
   out[1] = variance > 0 ? variance : 0;
@@ -64,7 +64,7 @@ STATSMERGE_HD inline void write_moments(const Moments& m, double origin, double 
 
 // The rows of `image` become the pending block, after `filled` basis vectors.
 template <class Acc>
-STATSMERGE_HD void store_pending(const Block& block, const Problem& p, const Matrix& a, const Progress& at) {
+STATSMERGE_HD_PHASE void store_pending(const Block& block, const Problem& p, const Matrix& a, const Progress& at) {
   const int64_t n = a.columns;
   const Acc* image = reinterpret_cast<const Acc*>(a.image);
   Acc* basis = reinterpret_cast<Acc*>(a.basis) + at.filled * n;
@@ -84,7 +84,7 @@ STATSMERGE_HD void store_pending(const Block& block, const Problem& p, const Mat
 
 // After the inspection: scale and random start. Returns whether there is nothing more to do.
 template <class Acc>
-STATSMERGE_HD bool begin(const Block& block, const Problem& p, const Matrix& a, const StepWork& work) {
+STATSMERGE_HD_PHASE bool begin(const Block& block, const Problem& p, const Matrix& a, const StepWork& work) {
   auto* shared = reinterpret_cast<Moments*>(work.eigen.t);  // kPassThreads Moments are less than capacity² doubles
   block.each(kPassThreads, [&](int64_t i) {
     Moments m{};
@@ -121,7 +121,7 @@ STATSMERGE_HD bool begin(const Block& block, const Problem& p, const Matrix& a, 
 
 // image = Σ of the partial products, split by split.
 template <class Acc>
-STATSMERGE_HD void gather_image(const Block& block, const Problem& p, const Matrix& a) {
+STATSMERGE_HD_PHASE void gather_image(const Block& block, const Problem& p, const Matrix& a) {
   const int64_t n = a.columns;
   const auto* partial = reinterpret_cast<const Quad<Acc>*>(a.partial);
   Acc* image = reinterpret_cast<Acc*>(a.image);
@@ -138,8 +138,8 @@ STATSMERGE_HD void gather_image(const Block& block, const Problem& p, const Matr
 
 // Takes the components along the first `filled` basis vectors off the image, and adds them to `components`.
 template <class Acc>
-STATSMERGE_HD void project_image(const Block& block, const Problem& p, const Matrix& a, int filled,
-                                 const StepWork& work) {
+STATSMERGE_HD_PHASE void project_image(const Block& block, const Problem& p, const Matrix& a, int filled,
+                                       const StepWork& work) {
   const int64_t n = a.columns;
   const Acc* basis = reinterpret_cast<const Acc*>(a.basis);
   Acc* along = reinterpret_cast<Acc*>(work.along);
@@ -185,8 +185,8 @@ STATSMERGE_HD void project_image(const Block& block, const Problem& p, const Mat
 // a look ahead, has the rounding error of the images in its bounds. That is in proportion to the largest image until
 // the leading Ritz vectors have been measured by themselves, after which the other images have nothing of theirs.
 template <class Acc>
-STATSMERGE_HD bool estimate(const Block& block, const Problem& p, const Matrix& a, const Progress& at, bool report,
-                            const StepWork& work) {
+STATSMERGE_HD_PHASE bool estimate(const Block& block, const Problem& p, const Matrix& a, const Progress& at,
+                                  bool report, const StepWork& work) {
   const bool measured = at.verifications > 0;
   const int count = a.k + 1 < at.filled ? a.k + 1 : at.filled;
   block.each(count, [&](int64_t i) {
@@ -232,7 +232,7 @@ STATSMERGE_HD bool estimate(const Block& block, const Problem& p, const Matrix& 
 // what it has outside the basis becomes the next block; from time to time the Ritz pairs are examined. Returns whether
 // the matrix is done. With vectors wanted, the pending block then holds the right ones.
 template <class Acc>
-STATSMERGE_HD bool advance(const Block& block, const Problem& p, const Matrix& a, const StepWork& work) {
+STATSMERGE_HD_PHASE bool advance(const Block& block, const Problem& p, const Matrix& a, const StepWork& work) {
   constexpr double eps = std::numeric_limits<Acc>::epsilon();
   Progress at = *a.progress;
   const int n = a.columns, s = p.block, ld = p.capacity, old = at.filled;
@@ -310,7 +310,7 @@ STATSMERGE_HD bool advance(const Block& block, const Problem& p, const Matrix& a
 
 // NaN for all results of a matrix that is not finite.
 template <class Out>
-STATSMERGE_HD void write_bad(const Block& block, const Problem& p, const Matrix& a) {
+STATSMERGE_HD_PHASE void write_bad(const Block& block, const Problem& p, const Matrix& a) {
   const int64_t left = p.vectors ? a.transposed ? a.columns : a.rows : 0;
   const int64_t right = p.vectors ? a.transposed ? a.rows : a.columns : 0;
   block.each(a.k, [&](int64_t i) {
@@ -324,7 +324,7 @@ STATSMERGE_HD void write_bad(const Block& block, const Problem& p, const Matrix&
 
 // Writes the results of one matrix; with vectors, `y` holds the images of the right ones.
 template <class Acc>
-STATSMERGE_HD void write_results(const Block& block, const Problem& p, const Matrix& a, const StepWork& work) {
+STATSMERGE_HD_PHASE void write_results(const Block& block, const Problem& p, const Matrix& a, const StepWork& work) {
   const int n = a.columns, m = a.rows;
   if (a.out_passes != nullptr) {
     block.each(1, [&](int64_t) { *a.out_passes = a.progress->passes + 1 + (p.vectors ? 1 : 0); });

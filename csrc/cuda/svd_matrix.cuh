@@ -3,14 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
-#include "common/convert.h"
+#include "cuda/elements.h"
 #include "cuda/svd_block.cuh"
-#ifdef __CUDACC__
-#include <cuda_fp16.h>
-#endif
 
 namespace statsmerge::cuda::svd {
 
@@ -105,21 +101,21 @@ STATSMERGE_HD constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-STATSMERGE_HD inline int product_blocks(const Matrix& a) { return ceil_div(a.rows, kProductRows); }
-STATSMERGE_HD inline int splits(const Matrix& a) { return ceil_div(a.rows, kSplitRows); }
-STATSMERGE_HD inline int panels(const Matrix& a) { return ceil_div(a.columns, panel_columns(a.storage)); }
-STATSMERGE_HD inline int64_t padded_columns(const Matrix& a) {
+STATSMERGE_HD int product_blocks(const Matrix& a) { return ceil_div(a.rows, kProductRows); }
+STATSMERGE_HD int splits(const Matrix& a) { return ceil_div(a.rows, kSplitRows); }
+STATSMERGE_HD int panels(const Matrix& a) { return ceil_div(a.columns, panel_columns(a.storage)); }
+STATSMERGE_HD int64_t padded_columns(const Matrix& a) {
   return static_cast<int64_t>(panels(a)) * panel_columns(a.storage);
 }
 
 // Where column x stands in the padded columns: the lanes of a warp hold columns_per_lane neighbours each, and what they
 // read together is contiguous.
-STATSMERGE_HD inline int64_t padded_position(const Matrix& a, int64_t x) {
+STATSMERGE_HD int64_t padded_position(const Matrix& a, int64_t x) {
   const int per_lane = columns_per_lane(a.storage), panel = panel_columns(a.storage);
   return x / panel * panel + x % per_lane * kWarp + x % panel / per_lane;
 }
 
-STATSMERGE_HD inline int64_t split_blocks(const Matrix& a) { return static_cast<int64_t>(splits(a)) * panels(a); }
+STATSMERGE_HD int64_t split_blocks(const Matrix& a) { return static_cast<int64_t>(splits(a)) * panels(a); }
 
 // Cuts memory into arrays aligned to 16 bytes; with no memory, only adds up what is needed.
 class Arena {
@@ -156,17 +152,6 @@ void take_memory(Matrix& a, const Problem& p, Arena& arena) {
   a.s = arena.take<double>(a.k);
   a.bound = arena.take<double>(a.k);
   a.progress = arena.take<Progress>(1);
-}
-
-STATSMERGE_HD inline double to_acc(double x) { return x; }
-STATSMERGE_HD inline float to_acc(float x) { return x; }
-STATSMERGE_HD inline float to_acc(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-STATSMERGE_HD inline float to_acc(f16 x) {
-#ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(x.bits));
-#else
-  return widen(x);
-#endif
 }
 
 struct alignas(16) Raw {
@@ -244,7 +229,7 @@ struct Reader {
 
 // Calls f(reader) with the reader of `a`, whose elements are accumulated in Acc.
 template <class Acc, class F>
-STATSMERGE_HD void with_reader(const Matrix& a, const F& f) {
+STATSMERGE_HD_PHASE void with_reader(const Matrix& a, const F& f) {
   const auto with = [&]<class E>(E) {
     if (a.minus == nullptr) {
       f(Reader<E, false>(a));

@@ -18,7 +18,7 @@ constexpr Acc finite_limit() {
   return std::numeric_limits<Acc>::max();
 }
 
-STATSMERGE_HD inline void add(Moments& a, const Moments& b) {
+STATSMERGE_HD void add(Moments& a, const Moments& b) {
   a.largest = a.largest < b.largest ? b.largest : a.largest;
   a.deviation += b.deviation;
   a.squared_deviation += b.squared_deviation;
@@ -27,7 +27,8 @@ STATSMERGE_HD inline void add(Moments& a, const Moments& b) {
 
 // The largest magnitude and, if kSums, the sums of kProductRows rows. `shared`: [kPassThreads].
 template <bool kSums, class Reader>
-STATSMERGE_HD void inspect_rows(const Block& block, const Reader& reader, int first, Moments* shared, Moments* out) {
+STATSMERGE_HD_PHASE void inspect_rows(const Block& block, const Reader& reader, int first, Moments* shared,
+                                      Moments* out) {
   using Acc = typename Reader::Acc;
   constexpr int C = Reader::kColumns;
   const double origin = static_cast<double>(reader.element(0, 0));
@@ -64,8 +65,8 @@ STATSMERGE_HD void inspect_rows(const Block& block, const Reader& reader, int fi
 
 // y[row] = scale · A[row] V for kTileRows rows from `first`; V holds quads, one a column, at its padded_position.
 template <class Reader>
-STATSMERGE_HD void product_rows(const Warp& warp, const Reader& reader, int first, typename Reader::Acc scale,
-                                const Quad<typename Reader::Acc>* v, Quad<typename Reader::Acc>* y) {
+STATSMERGE_HD_PHASE void product_rows(const Warp& warp, const Reader& reader, int first, typename Reader::Acc scale,
+                                      const Quad<typename Reader::Acc>* v, Quad<typename Reader::Acc>* y) {
   using Acc = typename Reader::Acc;
   constexpr int C = Reader::kColumns;
   static_assert(kTileRows * kGroup == kWarp);
@@ -97,9 +98,9 @@ STATSMERGE_HD void product_rows(const Warp& warp, const Reader& reader, int firs
 // out[x] = Σ A[row, x] y[row] over kSplitRows rows from `first` and the columns of one panel. Each warp takes every
 // kPassWarps-th tile of rows; `shared`, [kPassWarps][panel columns], holds their sums.
 template <class Reader>
-STATSMERGE_HD void transposed_panel(const Block& block, const Reader& reader, int first, int panel,
-                                    const Quad<typename Reader::Acc>* y, Quad<typename Reader::Acc>* shared,
-                                    Quad<typename Reader::Acc>* out) {
+STATSMERGE_HD_PHASE void transposed_panel(const Block& block, const Reader& reader, int first, int panel,
+                                          const Quad<typename Reader::Acc>* y, Quad<typename Reader::Acc>* shared,
+                                          Quad<typename Reader::Acc>* out) {
   using Acc = typename Reader::Acc;
   constexpr int C = Reader::kColumns, kPanel = kWarp * C;
   const int last = first + kSplitRows < reader.rows ? first + kSplitRows : reader.rows, start = panel * kPanel;
@@ -136,14 +137,14 @@ STATSMERGE_HD void transposed_panel(const Block& block, const Reader& reader, in
 
 // Part `index` of `a` in the inspection and in the product Y = A V: kProductRows rows.
 template <class Acc, bool kSums>
-STATSMERGE_HD void inspect_block(const Block& block, const Matrix& a, int64_t index, Moments* shared) {
+STATSMERGE_HD_PHASE void inspect_block(const Block& block, const Matrix& a, int64_t index, Moments* shared) {
   with_reader<Acc>(a, [&](const auto& reader) {
     inspect_rows<kSums>(block, reader, static_cast<int>(index) * kProductRows, shared, a.moments + index);
   });
 }
 
 template <class Acc>
-STATSMERGE_HD void product_block(const Block& block, const Matrix& a, int64_t index, int group) {
+STATSMERGE_HD_PHASE void product_block(const Block& block, const Matrix& a, int64_t index, int group) {
   const auto* v = reinterpret_cast<const Quad<Acc>*>(a.block) + group * padded_columns(a);
   auto* y = reinterpret_cast<Quad<Acc>*>(a.y) + static_cast<int64_t>(group) * a.rows;
   const Acc scale = static_cast<Acc>(a.progress->scale);
@@ -157,8 +158,8 @@ STATSMERGE_HD void product_block(const Block& block, const Matrix& a, int64_t in
 
 // Part `index` of `a` in the product W = Aᵀ Y: one panel of columns, kSplitRows rows; panels run fastest.
 template <class Acc>
-STATSMERGE_HD void transposed_block(const Block& block, const Problem& p, const Matrix& a, int64_t index, int group,
-                                    Quad<Acc>* shared) {
+STATSMERGE_HD_PHASE void transposed_block(const Block& block, const Problem& p, const Matrix& a, int64_t index,
+                                          int group, Quad<Acc>* shared) {
   const int split = static_cast<int>(index / panels(a)), panel = static_cast<int>(index % panels(a));
   const auto* y = reinterpret_cast<const Quad<Acc>*>(a.y) + static_cast<int64_t>(group) * a.rows;
   auto* out = reinterpret_cast<Quad<Acc>*>(a.partial) +

@@ -10,7 +10,7 @@ constexpr int kParts = 12;  // parts of an inner product, one warp each
 constexpr int kSweeps = 40;
 
 // A reproducible number in (−1, 1).
-STATSMERGE_HD inline double random_number(uint64_t seed, uint64_t draw, uint64_t i) {
+STATSMERGE_HD double random_number(uint64_t seed, uint64_t draw, uint64_t i) {
   uint64_t z = seed * 0x9e3779b97f4a7c15u + draw * 0xd1342543de82ef95u + (i + 1) * 0xbf58476d1ce4e5b9u;
   for (int round = 0; round < 2; ++round) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -28,8 +28,8 @@ struct Sums {
 
 // sums[j] = rows[j] · x[j] for j < count; the rows are n apart, the x `step`, which is 0 for one x.
 template <class Acc>
-STATSMERGE_HD void dots(const Block& block, const Acc* rows, int count, const Acc* x, int step, int n,
-                        const Sums& shared) {
+STATSMERGE_HD_PHASE void dots(const Block& block, const Acc* rows, int count, const Acc* x, int step, int n,
+                              const Sums& shared) {
   block.each_warp(count * kParts, [&](int i, const Warp& warp) {
     const Acc* row = rows + static_cast<int64_t>(i / kParts) * n;
     const Acc* other = x + static_cast<int64_t>(i / kParts) * step;
@@ -51,15 +51,15 @@ STATSMERGE_HD void dots(const Block& block, const Acc* rows, int count, const Ac
 }
 
 template <class Acc>
-STATSMERGE_HD double norm(const Block& block, const Acc* x, int n, const Sums& shared) {
+STATSMERGE_HD_PHASE double norm(const Block& block, const Acc* x, int n, const Sums& shared) {
   dots(block, x, 1, x, 0, n, shared);
   return sqrt(shared.sums[0]);
 }
 
 // Takes the components along `count` rows off x.
 template <class Acc>
-STATSMERGE_HD void remove_components(const Block& block, const Acc* rows, int count, Acc* x, int n,
-                                     const Sums& shared) {
+STATSMERGE_HD_PHASE void remove_components(const Block& block, const Acc* rows, int count, Acc* x, int n,
+                                           const Sums& shared) {
   if (count == 0) return;
   dots(block, rows, count, x, 0, n, shared);
   block.each(n, [&](int64_t e) {
@@ -81,9 +81,9 @@ struct Same {
 // Gram–Schmidt twice ("twice is enough": Giraud, Langou and Rozložník 2005). coupling[j][c], if given, is what row c
 // had along the new row j. Returns how many dimensions are taken then.
 template <class Acc, class Negligible>
-STATSMERGE_HD int orthonormalize(const Block& block, const Acc* basis, int filled, Acc* w, int count, int n, int rank,
-                                 const Negligible& negligible, uint64_t seed, int draw, const Sums& shared,
-                                 double* coupling) {
+STATSMERGE_HD_PHASE int orthonormalize(const Block& block, const Acc* basis, int filled, Acc* w, int count, int n,
+                                       int rank, const Negligible& negligible, uint64_t seed, int draw,
+                                       const Sums& shared, double* coupling) {
   if (coupling != nullptr) block.each(count * count, [&](int64_t i) { coupling[i] = 0; });
   for (int c = 0; c < count; ++c) {
     Acc* x = w + static_cast<int64_t>(c) * n;
@@ -115,8 +115,8 @@ STATSMERGE_HD int orthonormalize(const Block& block, const Acc* basis, int fille
 
 // out[j] = Σ coefficients[order[j]][i] basis[i] for j < count; the rows of coefficients are `ld` apart.
 template <class Acc>
-STATSMERGE_HD void combine(const Block& block, const double* coefficients, const int* order, int ld, int count,
-                           const Acc* basis, int filled, int n, Acc* out) {
+STATSMERGE_HD_PHASE void combine(const Block& block, const double* coefficients, const int* order, int ld, int count,
+                                 const Acc* basis, int filled, int n, Acc* out) {
   block.each(n, [&](int64_t e) {
     for (int j = 0; j < count; j += 4) {
       Acc sum[4] = {};
@@ -141,7 +141,7 @@ struct Rotation {
 };
 
 // In step 0 .. players − 2 of a round-robin tournament of an even number of players, the two that pair i plays.
-STATSMERGE_HD inline void pair_of(int players, int step, int i, int& p, int& q) {
+STATSMERGE_HD void pair_of(int players, int step, int i, int& p, int& q) {
   const int ring = players - 1;
   p = i == 0 ? ring : (step + i) % ring;
   q = (step + ring - i) % ring;
@@ -153,7 +153,7 @@ STATSMERGE_HD inline void pair_of(int players, int step, int i, int& p, int& q) 
 }
 
 // The rotation that annihilates the off-diagonal element b of [[a, b], [b, d]].
-STATSMERGE_HD inline Rotation jacobi_rotation(double a, double b, double d) {
+STATSMERGE_HD Rotation jacobi_rotation(double a, double b, double d) {
   const double zeta = (d - a) / (2 * b);
   const double t = (zeta < 0 ? -1.0 : 1.0) / (fabs(zeta) + sqrt(1 + zeta * zeta));
   const double c = 1 / sqrt(1 + t * t);
@@ -173,8 +173,8 @@ struct EigenWork {
 // Cyclic Jacobi (Golub and Van Loan, section 8.5), the pairs of a tournament's step at once. Elements are taken for 0
 // where they are at most `negligible` times the largest on the diagonal, or rounding error beside their own diagonal
 // elements: small eigenvalues of graded matrices keep their relative accuracy.
-STATSMERGE_HD inline void symmetric_eigen(const Block& block, const EigenWork& work, int size, int ld,
-                                          double negligible) {
+STATSMERGE_HD_PHASE void symmetric_eigen(const Block& block, const EigenWork& work, int size, int ld,
+                                         double negligible) {
   constexpr double kRounding = 0x1p-53;
   const int players = size + size % 2, pairs = players / 2;
   double* const t = work.t;

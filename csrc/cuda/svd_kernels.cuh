@@ -29,16 +29,6 @@ struct Batch {
   int* first_bad;                      // smallest index of a matrix that is not finite
 };
 
-// Rows that travel to the device as an argument of a kernel, whose limit is 4 KiB.
-struct Rows {
-  static constexpr int kCount = static_cast<int>(4000 / sizeof(Matrix));
-  Matrix rows[kCount];
-};
-
-static __global__ void upload_kernel(Rows rows, int count, Matrix* out) {
-  if (static_cast<int>(threadIdx.x) < count) out[threadIdx.x] = rows.rows[threadIdx.x];
-}
-
 static __global__ void prepare_kernel(Batch batch) {
   const Matrix& a = batch.matrices[blockIdx.x];
   const int owner = static_cast<int>(blockIdx.x);

@@ -9,6 +9,7 @@
 #include "common/tensors.h"
 #include "cuda/launch.h"
 #include "cuda/svd_kernels.cuh"
+#include "cuda/upload.cuh"
 
 namespace statsmerge {
 namespace {
@@ -53,6 +54,8 @@ class Call {
   }
 
   void run() {
+    check(!captured_ || full_.empty(), "k: expected at most ", svd::kMaxTriplets,
+          " while a CUDA graph is captured, got ", k_);
     status_ = new_empty(like_, {3}, ScalarType::Int);
     int* status = static_cast<int*>(status_.mutable_data_ptr());
     STD_CUDA_CHECK(cudaMemsetAsync(status, 0x7f, 3 * sizeof(int), stream_));  // no index is as large
@@ -207,8 +210,7 @@ class Call {
     return true;
   }
 
-  // Gives every matrix its memory and brings their descriptions to the device: as arguments of kernels, which can be
-  // captured, unlike copies from the host's memory.
+  // Gives every matrix its memory and brings their descriptions to the device.
   template <class Take>
   svd::Batch upload(std::vector<svd::Matrix>& matrices, const Take& take, int* remaining, int* first_bad) {
     svd::Batch batch{};
@@ -231,14 +233,7 @@ class Call {
     };
     const int64_t bytes = lay_out(svd::Arena(nullptr));
     lay_out(svd::Arena(device_memory(bytes)));
-    for (int first = 0; first < batch.count; first += svd::Rows::kCount) {
-      svd::Rows rows;
-      const int count = std::min(svd::Rows::kCount, batch.count - first);
-      std::copy_n(matrices.begin() + first, count, rows.rows);
-      svd::upload_kernel<<<1, cuda::svd::kWarp, 0, stream_>>>(rows, count,
-                                                              const_cast<svd::Matrix*>(batch.matrices) + first);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
+    cuda::upload(matrices.data(), batch.count, const_cast<svd::Matrix*>(batch.matrices), stream_);
     svd::prepare_kernel<<<batch.count, svd::kPassThreads, 0, stream_>>>(batch);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return batch;

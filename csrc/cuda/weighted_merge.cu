@@ -1,6 +1,11 @@
-// weighted_merge and its gradient on CUDA: arguments to device memory in one asynchronous copy, one launch a pass.
+// weighted_merge and its gradient on CUDA: tables of pointers to device memory, those of the task vectors once for all
+// calls, and one launch a pass.
+#include <algorithm>
+#include <mutex>
+#include <type_traits>
+
 #include "common/merge_operands.h"
-#include "cuda/launch.h"
+#include "cuda/upload.cuh"
 #include "cuda/weighted_merge.cuh"
 
 namespace statsmerge {
@@ -22,12 +27,63 @@ int64_t total_numel(const TensorList& tensors) {
   return total;
 }
 
-// The tables of one call in a single device tensor. They are copied from pinned memory, which torch keeps from being
-// used again before the copy is done: the host waits for nothing.
+// The rows in device memory, without waiting for the device.
+template <class Row>
+Tensor uploaded(const std::vector<Row>& rows, const Tensor& like, cudaStream_t stream) {
+  const int64_t count = static_cast<int64_t>(rows.size());
+  Tensor table = new_empty(like, {count * static_cast<int64_t>(sizeof(Row))}, ScalarType::Byte);
+  cuda::upload(rows.data(), count, static_cast<Row*>(table.mutable_data_ptr()), stream);
+  return table;
+}
+
+// Tables of task vectors that are on the device already: those of a model are merged many times over, in the forward
+// pass and in the gradient. A table is found by its contents, so one may be out of use but never out of date; and by
+// its stream, in whose order it was written and its memory is used again.
+class TaskVectorTables {
+ public:
+  Tensor find(const std::vector<TaskVector>& views, const Tensor& like, cudaStream_t stream) {
+    cudaStreamCaptureStatus capturing;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capturing));
+    if (capturing != cudaStreamCaptureStatusNone) return uploaded(views, like, stream);  // it belongs to the graph
+    const std::lock_guard lock(mutex_);
+    const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& e) {
+      return e.device == like.get_device_index() && e.stream == stream && e.views.size() == views.size() &&
+             std::memcmp(e.views.data(), views.data(), views.size() * sizeof(TaskVector)) == 0;
+    });
+    if (found != entries_.end()) {
+      std::rotate(entries_.begin(), found, found + 1);
+    } else {
+      if (entries_.size() == kEntries) entries_.pop_back();
+      entries_.insert(entries_.begin(), Entry{like.get_device_index(), stream, views, uploaded(views, like, stream)});
+    }
+    return entries_.front().table;
+  }
+
+ private:
+  static_assert(std::has_unique_object_representations_v<TaskVector>);
+  static constexpr size_t kEntries = 8;
+  struct Entry {
+    int32_t device;
+    cudaStream_t stream;
+    std::vector<TaskVector> views;
+    Tensor table;
+  };
+
+  std::mutex mutex_;
+  std::vector<Entry> entries_;  // the last used first
+};
+
+TaskVectorTables& task_vector_tables() {
+  static auto* const tables = new TaskVectorTables;  // never deleted: torch's memory may be gone before it would be
+  return *tables;
+}
+
+// What a launch needs to know, brought to the device without waiting for it: the tensors' rows, which are others in
+// every call, and the task vectors' table.
 class Tables {
  public:
   // `out` is empty in the gradient, whose `in` are the gradients.
-  Tables(const TensorList& in, const TensorList& out, const TaskVectors& task_vectors)
+  Tables(const TensorList& in, const TensorList& out, const TaskVectors& task_vectors, cudaStream_t stream)
       : chunk(cuda::chunk_size(total_numel(in))), chunks(in, chunk) {
     const std::vector<TaskVector>& taus = task_vectors.views;
     const size_t layer_count = in.size();
@@ -43,22 +99,12 @@ class Tables {
       }
       layers.push_back({bytes(in[l]), result, numel, packs ? numel / cuda::kPack * cuda::kPack : 0, storage, wide});
     }
-    // All rows are made of 8-byte words, so every table starts aligned.
-    const size_t layer_bytes = layers.size() * sizeof(cuda::Layer), task_bytes = taus.size() * sizeof(TaskVector);
-    const size_t chunk_bytes = chunks.start.size() * sizeof(int64_t);
-    const int64_t size = static_cast<int64_t>(layer_bytes + task_bytes + chunk_bytes);
-    const Tensor host = torch::stable::empty({size}, ScalarType::Byte, std::nullopt,
-                                             torch::stable::Device(torch::headeronly::DeviceType::CPU), true);
-    char* packed = static_cast<char*>(host.mutable_data_ptr());
-    std::memcpy(packed, layers.data(), layer_bytes);
-    if (task_bytes > 0) std::memcpy(packed + layer_bytes, taus.data(), task_bytes);
-    std::memcpy(packed + layer_bytes + task_bytes, chunks.start.data(), chunk_bytes);
-    device_ = new_empty(in[0], {size}, ScalarType::Byte);
-    torch::stable::copy_(device_, host, true);
-    const char* start = bytes(device_);
-    arguments.layers = reinterpret_cast<const cuda::Layer*>(start);
-    arguments.task_vectors = reinterpret_cast<const TaskVector*>(start + layer_bytes);
-    arguments.chunk_start = reinterpret_cast<const int64_t*>(start + layer_bytes + task_bytes);
+    layers_ = uploaded(layers, in[0], stream);
+    chunk_start_ = uploaded(chunks.start, in[0], stream);
+    task_vectors_ = task_vector_tables().find(taus, in[0], stream);
+    arguments.layers = reinterpret_cast<const cuda::Layer*>(bytes(layers_));
+    arguments.chunk_start = reinterpret_cast<const int64_t*>(bytes(chunk_start_));
+    arguments.task_vectors = reinterpret_cast<const TaskVector*>(bytes(task_vectors_));
     arguments.layer_count = static_cast<int64_t>(layer_count);
     arguments.tasks = static_cast<int64_t>(taus.size() / layer_count);
     arguments.chunk = chunk;
@@ -69,8 +115,7 @@ class Tables {
   cuda::MergeArguments arguments{};
 
  private:
-  static_assert(sizeof(cuda::Layer) % 8 == 0 && sizeof(TaskVector) % 8 == 0);
-  Tensor device_;
+  Tensor layers_, chunk_start_, task_vectors_;
 };
 
 TensorList weighted_merge(TensorList base, TensorList task_vectors, TensorList scales, TensorList zero_points,
@@ -84,9 +129,10 @@ TensorList weighted_merge(TensorList base, TensorList task_vectors, TensorList s
     out.push_back(torch::stable::empty_like(b));
   }
   if (total_numel(base) == 0) return out;
-  Tables tables(base, out, taus);
+  const cudaStream_t stream = current_stream(base[0]);
+  Tables tables(base, out, taus, stream);
   tables.arguments.coefficients = reinterpret_cast<const double*>(bytes(lambda));
-  cuda::merge_kernel<<<grid(tables.chunks.count()), cuda::kThreads, 0, current_stream(base[0])>>>(tables.arguments);
+  cuda::merge_kernel<<<grid(tables.chunks.count()), cuda::kThreads, 0, stream>>>(tables.arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
@@ -96,14 +142,14 @@ Tensor weighted_merge_grad(TensorList grads, TensorList task_vectors, TensorList
   const torch::stable::accelerator::DeviceGuard guard(grads[0].get_device_index());
   const TaskVectors taus(task_vectors, scales, zero_points, bits, group_sizes);
   for (Tensor& g : grads) g = dense(g);
-  const Tables tables(grads, {}, taus);
+  const cudaStream_t stream = current_stream(grads[0]);
+  const Tables tables(grads, {}, taus, stream);
   const cuda::MergeArguments& arguments = tables.arguments;
   const int64_t chunks = tables.chunks.count();
   const Tensor partial = new_empty(grads[0], {chunks, arguments.tasks}, ScalarType::Double);
   Tensor out = new_empty(grads[0], {arguments.layer_count, arguments.tasks}, ScalarType::Double);
   if (out.numel() == 0) return out;
   double* sums = static_cast<double*>(partial.mutable_data_ptr());
-  const cudaStream_t stream = current_stream(grads[0]);
   if (chunks > 0) {
     const int64_t rounds = (arguments.tasks + cuda::kTasksAtOnce - 1) / cuda::kTasksAtOnce;
     check(rounds <= 65535, "task_vectors: expected at most ", 65535 * cuda::kTasksAtOnce, " on CUDA");

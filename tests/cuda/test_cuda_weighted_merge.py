@@ -233,6 +233,47 @@ def test_tables_survive_many_calls_in_flight(device):
         torch.testing.assert_close(tensors[7], base[7] * (1 + i))
 
 
+def test_tables_of_task_vectors_are_found_again(device):
+    """More models in turn than tables are kept, on two streams; memory used again by tensors of another type."""
+    base = [torch.randn(50, device=device) for _ in range(5)]
+    models = [[torch.randn(50, device=device) for _ in range(5)] for _ in range(12)]
+    streams = [torch.cuda.current_stream(device), torch.cuda.Stream(device)]
+    for _ in range(2):
+        for tasks in models:
+            for stream in streams:
+                stream.wait_stream(streams[0])
+                with torch.cuda.stream(stream):
+                    merged = weighted_merge(base, [tasks], [2.0])
+                stream.synchronize()
+                for ours, b, t in zip(merged, base, tasks):
+                    torch.testing.assert_close(ours, b + 2 * t)
+    for dtype in DTYPES * 3:
+        tasks = [torch.randn(50, device=device).to(dtype) for _ in range(5)]
+        for ours, b, t in zip(weighted_merge(base, [tasks], [2.0]), base, tasks):
+            torch.testing.assert_close(ours, (b.double() + 2 * t.double()).float())
+        del tasks
+
+
+def test_is_captured_in_a_graph(device):
+    shapes = [(1000,), (33, 127)]
+    base, tasks = moved(model(shapes=shapes), device), [moved(model(shapes=shapes), device) for _ in range(2)]
+    coefficients = torch.ones(2, 2, device=device)
+    weighted_merge(base, tasks, coefficients)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merged = weighted_merge(base, tasks, coefficients)
+        flat = [t for task in tasks for t in task]
+        products = torch.ops.statsmerge.weighted_merge_grad(merged, flat, [], [], [], [])
+    for _ in range(10):  # other tables, where the memory of those in the graph must not be
+        weighted_merge([b.clone() for b in base], [[t.clone() for t in task] for task in tasks], coefficients)
+    for scale in (1.0, -0.5):
+        coefficients.fill_(scale)
+        graph.replay()
+        expected = weighted_merge(base, tasks, coefficients)
+        assert all(torch.equal(a, b) for a, b in zip(merged, expected))
+        assert torch.equal(products, torch.ops.statsmerge.weighted_merge_grad(expected, flat, [], [], [], []))
+
+
 def test_a_tensor_of_more_than_two_to_the_31_elements(device):
     numel = 2**31 + 11
     base = torch.ones(numel, dtype=torch.bfloat16, device=device)

@@ -24,7 +24,28 @@ from .common import (
 from .quantized import QuantizedTensor
 
 
-def weighted_merge(base: Any, task_vectors: Sequence[Any], coefficients: Any) -> list[Any]:
+class TaskVectors(NamedTuple):
+    """K · L task vectors of a model of L tensors, checked and laid out as the raw operator takes them.
+
+    If none is quantised, `scales`, `zero_points`, `bits` and `group_sizes` are empty; otherwise bits 0 marks a
+    floating-point one.
+    """
+
+    tensors: list[Tensor]  # task by task, as are the following
+    scales: list[Tensor]
+    zero_points: list[Tensor]
+    bits: list[int]
+    group_sizes: list[int]
+    tasks: int
+    shapes: list[torch.Size]  # of the L tensors
+    differentiable: list[int]  # which of `tensors` require gradients
+
+    @property
+    def operands(self) -> tuple[list, ...]:
+        return self[:5]
+
+
+def weighted_merge(base: Any, task_vectors: Sequence[Any] | TaskVectors, coefficients: Any) -> list[Any]:
     """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l for every tensor l of a model, in one pass over memory.
 
     Differentiable with respect to the coefficients (in one pass, too), the base and floating-point task vectors.
@@ -33,7 +54,7 @@ def weighted_merge(base: Any, task_vectors: Sequence[Any], coefficients: Any) ->
         base: L tensors θ_0^l of any shapes; float64, float32, bfloat16 or float16. Computed in float32, or in float64
             where the base tensor is float64.
         task_vectors: K sequences of L tensors τ_k^l of the base's shapes, each of any of those types or a
-            `QuantizedTensor`, whose values are restored as they are added.
+            `QuantizedTensor`, whose values are restored as they are added; or what `prepare_task_vectors` made of them.
         coefficients: λ, [K] or [L, K]; real.
 
     Returns: L contiguous tensors of the base's dtypes.
@@ -44,60 +65,89 @@ def weighted_merge(base: Any, task_vectors: Sequence[Any], coefficients: Any) ->
     tensors = as_list(base, "base")
     for l, tensor in enumerate(tensors):
         _check_tensor(tensor, tensors[0].device, "base", l)
-    flat = _flatten(task_vectors, tensors)
-    tasks, layers = len(task_vectors), len(tensors)
-    lambdas = _coefficients(coefficients, layers, tasks)
+    vectors = prepare_task_vectors(task_vectors, tensors)
+    lambdas = _coefficients(coefficients, len(tensors), vectors.tasks)
     if not tensors:
         return []
-    lambdas = lambdas.to(tensors[0].device).expand(layers, tasks)
-    everything = [lambdas, *tensors, *flat.tensors]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
-        merged = list(_WeightedMerge.apply(lambdas, layers, flat, *tensors, *flat.tensors))
-    else:
-        merged = native("weighted_merge")(tensors, *flat, lambdas)
+    lambdas = lambdas.to(tensors[0].device).expand(len(tensors), vectors.tasks)
+    merged = None
+    if torch.is_grad_enabled():
+        of_base = [l for l, tensor in enumerate(tensors) if tensor.requires_grad]
+        if lambdas.requires_grad or of_base or vectors.differentiable:
+            inputs = [*(tensors[l] for l in of_base), *(vectors.tensors[i] for i in vectors.differentiable)]
+            merged = list(_WeightedMerge.apply(lambdas, tensors, vectors, of_base, *inputs))
+    if merged is None:
+        merged = native("weighted_merge")(tensors, *vectors.operands, lambdas)
     return same_kind(base)(merged)
 
 
-class _Flat(NamedTuple):
-    """K · L task vectors, task by task, as the raw operator takes them.
+def prepare_task_vectors(task_vectors: Sequence[Any] | TaskVectors, base: Any) -> TaskVectors:
+    """Check task vectors against a base once, for `weighted_merge` to be called with them many times.
 
-    If none is quantised, everything but `tensors` is empty; otherwise bits 0 marks a floating-point one.
+    Args:
+        task_vectors: K sequences of L tensors, as `weighted_merge` takes them. Whether they require gradients is looked
+            at here.
+        base: the L tensors that they will be added to, or others of their shapes and device.
+
+    Raises:
+        TypeError, ValueError: the task vectors don't fit the base.
     """
-
-    tensors: list[Tensor]
-    scales: list[Tensor]
-    zero_points: list[Tensor]
-    bits: list[int]
-    group_sizes: list[int]
-
-
-def _flatten(task_vectors: Any, base: list[Tensor]) -> _Flat:
+    base = as_list(base, "base")
+    shapes = [tensor.shape for tensor in base]
+    if isinstance(task_vectors, TaskVectors):
+        if task_vectors.shapes != shapes:
+            fail("task_vectors", "task vectors prepared for tensors of the base's shapes", "others")
+        if base and task_vectors.tensors:
+            check_device(task_vectors.tensors[0], "task_vectors", base[0].device)
+        return task_vectors
     if not isinstance(task_vectors, Sequence):
         fail("task_vectors", "a sequence of K sequences of tensors", type(task_vectors).__name__, TypeError)
+    vectors: list[Tensor | QuantizedTensor] = []
     for k, task in enumerate(task_vectors):
         if len(task) != len(base):
             fail(f"task_vectors[{k}]", f"{len(base)} tensors, one for every one of base", len(task))
-    if not base:
-        return _Flat([], [], [], [], [])
-    device, shapes, nothing = base[0].device, [tensor.shape for tensor in base], base[0].new_empty(0)
-    flat = _Flat([], [], [], [], [])
-    for k, task in enumerate(task_vectors):
-        for l, (value, shape) in enumerate(zip(task, shapes)):
-            if isinstance(value, QuantizedTensor):
-                columns = (value.codes, value.scale, value.zero_point, value.bits, value.group_size)
-                for part in columns[:3]:
-                    if part.device != device:
-                        check_device(part, _name("task_vectors", k, l), device)
-            else:
-                if not isinstance(value, Tensor):
-                    value = as_tensor(value, _name("task_vectors", k, l))
-                _check_tensor(value, device, "task_vectors", k, l)
-                columns = (value, nothing, nothing, 0, 0)
-            if value.shape != shape:
-                fail(_name("task_vectors", k, l), f"shape {list(shape)} as of base[{l}]", list(value.shape))
-            for column, item in zip(flat, columns):
-                column.append(item)
-    return flat if any(flat.bits) else _Flat(flat.tensors, [], [], [], [])
+        if base:
+            vectors += task if _fits(task, base[0].device, shapes) else _checked(task, k, base[0].device, shapes)
+    columns: tuple[list, ...] = (vectors, [], [], [], [])
+    if any(isinstance(vector, QuantizedTensor) for vector in vectors):
+        nothing = base[0].new_empty(0)
+        rows = [
+            (v.codes, v.scale, v.zero_point, v.bits, v.group_size)
+            if isinstance(v, QuantizedTensor)
+            else (v, nothing, nothing, 0, 0)
+            for v in vectors
+        ]
+        columns = tuple(map(list, zip(*rows, strict=True)))
+    differentiable = [i for i, tensor in enumerate(columns[0]) if tensor.requires_grad]
+    return TaskVectors(*columns, len(task_vectors), shapes, differentiable)
+
+
+def _fits(task: Sequence[Any], device: torch.device, shapes: list[torch.Size]) -> bool:
+    """Whether nothing of a task is to be converted or complained about: a quick look, as they are thousands."""
+    return (
+        all(isinstance(value, Tensor) for value in task)
+        and [value.shape for value in task] == shapes
+        and {value.dtype for value in task}.issubset(FLOAT_DTYPES)
+        and {value.device for value in task} == {device}
+    )
+
+
+def _checked(
+    task: Sequence[Any], k: int, device: torch.device, shapes: list[torch.Size]
+) -> list[Tensor | QuantizedTensor]:
+    values: list[Tensor | QuantizedTensor] = []
+    for l, (value, shape) in enumerate(zip(task, shapes, strict=True)):
+        if isinstance(value, QuantizedTensor):
+            for part in (value.codes, value.scale, value.zero_point):
+                if part.device != device:
+                    check_device(part, _name("task_vectors", k, l), device)
+        else:
+            value = as_tensor(value, _name("task_vectors", k, l))
+            _check_tensor(value, device, "task_vectors", k, l)
+        if value.shape != shape:
+            fail(_name("task_vectors", k, l), f"shape {list(shape)} as of base[{l}]", list(value.shape))
+        values.append(value)
+    return values
 
 
 def _name(argument: str, *indices: int) -> str:
@@ -125,13 +175,16 @@ def _coefficients(coefficients: Any, layers: int, tasks: int) -> Tensor:
 
 
 class _WeightedMerge(torch.autograd.Function):
+    """`inputs` are those of the base tensors and the task vectors that require gradients."""
+
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, layers: int, flat: _Flat, *tensors: Tensor) -> tuple[Tensor, ...]:
-        base, task_vectors = list(tensors[:layers]), list(tensors[layers:])
-        ctx.save_for_backward(coefficients, *task_vectors, *flat.scales, *flat.zero_points)
-        ctx.bits, ctx.group_sizes = flat.bits, flat.group_sizes
-        ctx.dtypes = [t.dtype for t in tensors]
-        return tuple(native("weighted_merge")(base, task_vectors, *flat[1:], coefficients))
+    def forward(
+        ctx: Any, coefficients: Tensor, base: list[Tensor], vectors: TaskVectors, of_base: list[int], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(coefficients, *vectors.tensors, *vectors.scales, *vectors.zero_points)
+        ctx.bits, ctx.group_sizes = vectors.bits, vectors.group_sizes
+        ctx.of_base, ctx.of_vectors = of_base, vectors.differentiable
+        return tuple(native("weighted_merge")(base, *vectors.operands, coefficients))
 
     @staticmethod
     @once_differentiable
@@ -139,22 +192,17 @@ class _WeightedMerge(torch.autograd.Function):
         coefficients, *saved = ctx.saved_tensors
         layers, tasks = coefficients.shape
         count = layers * tasks
-        task_vectors, rest = saved[:count], saved[count:]
+        vectors, rest = saved[:count], saved[count:]
         scales, zero_points = rest[: len(ctx.bits)], rest[len(ctx.bits) :]
-        grad_coefficients = None
+        of_coefficients = None
         if ctx.needs_input_grad[0] and tasks:
-            raw = native("weighted_merge_grad")(
-                list(grads), task_vectors, scales, zero_points, ctx.bits, ctx.group_sizes
-            )
-            grad_coefficients = raw.to(coefficients.dtype)
-        needs_tensor = ctx.needs_input_grad[3:]
-        grad_base = [grad if needed else None for grad, needed in zip(grads, needs_tensor)]
-        grad_task_vectors = [None] * count
-        for i in range(count):
-            if needs_tensor[layers + i]:
-                k, l = divmod(i, layers)
-                grad_task_vectors[i] = (coefficients[l, k] * grads[l]).to(ctx.dtypes[layers + i])
-        return grad_coefficients, None, None, *grad_base, *grad_task_vectors
+            raw = native("weighted_merge_grad")(list(grads), vectors, scales, zero_points, ctx.bits, ctx.group_sizes)
+            of_coefficients = raw.to(coefficients.dtype)
+        of_vectors = []
+        for i in ctx.of_vectors:
+            k, l = divmod(i, layers)
+            of_vectors.append((coefficients[l, k] * grads[l]).to(vectors[i].dtype))
+        return of_coefficients, None, None, None, *(grads[l] for l in ctx.of_base), *of_vectors
 
 
 def weighted_merge_reference(
@@ -173,15 +221,23 @@ def weighted_merge_reference(
     return merged
 
 
-def _unflatten(shapes: list[torch.Size], flat: _Flat) -> list[list[Tensor | QuantizedTensor]]:
-    layers = len(shapes)
+def _by_task(
+    like: list[Tensor],
+    tensors: list[Tensor],
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    bits: list[int],
+    group_sizes: list[int],
+) -> list[list[Tensor | QuantizedTensor]]:
+    """K lists of L task vectors from the raw operator's arguments; `like`: L tensors of their shapes."""
+    layers = len(like)
 
     def one(i: int) -> Tensor | QuantizedTensor:
-        if not flat.bits or not flat.bits[i]:
-            return flat.tensors[i]
-        return QuantizedTensor(*(column[i] for column in flat), shapes[i % layers])
+        if not bits or not bits[i]:
+            return tensors[i]
+        return QuantizedTensor(tensors[i], scales[i], zero_points[i], bits[i], group_sizes[i], like[i % layers].shape)
 
-    return [[one(k * layers + l) for l in range(layers)] for k in range(len(flat.tensors) // layers)]
+    return [[one(k * layers + l) for l in range(layers)] for k in range(len(tensors) // layers)]
 
 
 def _fallback(
@@ -193,8 +249,8 @@ def _fallback(
     group_sizes: list[int],
     coefficients: Tensor,
 ) -> list[Tensor]:
-    flat = _Flat(task_vectors, scales, zero_points, bits, group_sizes)
-    return weighted_merge_reference(base, _unflatten([b.shape for b in base], flat), coefficients)
+    tasks = _by_task(base, task_vectors, scales, zero_points, bits, group_sizes)
+    return weighted_merge_reference(base, tasks, coefficients)
 
 
 def _grad_fallback(
@@ -205,8 +261,7 @@ def _grad_fallback(
     bits: list[int],
     group_sizes: list[int],
 ) -> Tensor:
-    flat = _Flat(task_vectors, scales, zero_points, bits, group_sizes)
-    tasks = _unflatten([g.shape for g in grads], flat)
+    tasks = _by_task(grads, task_vectors, scales, zero_points, bits, group_sizes)
     rows = []
     for l, grad in enumerate(grads):
         taus = [task[l].dequantize() if isinstance(task[l], QuantizedTensor) else task[l] for task in tasks]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from statsmerge_ext import _C
-from statsmerge_ext.ops import QuantizedTensor, weighted_merge
+from statsmerge_ext.ops import QuantizedTensor, prepare_task_vectors, weighted_merge
 from statsmerge_ext.ops.weighted_merge import weighted_merge_reference
 
 SHAPES = [(5,), (0,), (3, 4, 2), (100, 130), ()]
@@ -106,6 +106,40 @@ def test_gradient_of_coefficients_matches_float64(task_dtype, assert_as_accurate
         torch.autograd.backward(merged, [g.to(m.dtype) for g, m in zip(upstream, merged)])
         gradients.append(coefficients.grad)
     assert_as_accurate(*gradients)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_prepared_task_vectors_give_the_same(bits):
+    base, tasks = model(), [model(), [t.requires_grad_(bits is None) for t in model()], model(torch.bfloat16)]
+    if bits:
+        tasks[0] = [QuantizedTensor.quantize(t, bits) for t in tasks[0]]
+    prepared = prepare_task_vectors(tasks, base)
+    assert prepare_task_vectors(prepared, base) is prepared
+    coefficients = torch.randn(len(base), 3).requires_grad_()
+    leaves, results = [coefficients, *(tasks[1] if bits is None else ())], []
+    for task_vectors in (tasks, prepared, prepared):
+        merged = weighted_merge(base, task_vectors, coefficients)
+        results.append((*merged, *torch.autograd.grad(sum(m.square().sum() for m in merged), leaves)))
+    assert all(torch.equal(x, y) for others in results[1:] for x, y in zip(results[0], others))
+    with torch.no_grad():
+        assert all(torch.equal(x, y) for x, y in zip(results[0], weighted_merge(base, prepared, coefficients)))
+
+
+def test_prepared_task_vectors_fit_their_base_alone():
+    prepared = prepare_task_vectors([model()], model())
+    with pytest.raises(ValueError, match="task_vectors: expected task vectors prepared for tensors of the base's"):
+        weighted_merge(model(shapes=SHAPES[1:]), prepared, [1.0])
+    with pytest.raises(ValueError, match=r"coefficients: expected shape \[1\], got \[2\]"):
+        weighted_merge(model(), prepared, [1.0, 2.0])
+
+
+def test_task_vectors_changed_before_the_backward_pass_are_noticed():
+    base, tasks = model(), [model()]
+    coefficients = torch.ones(1, requires_grad=True)
+    merged = weighted_merge(base, prepare_task_vectors(tasks, base), coefficients)
+    tasks[0][0].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(m.sum() for m in merged).backward()
 
 
 def test_unused_outputs_have_zero_gradient():

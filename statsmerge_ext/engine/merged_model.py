@@ -52,7 +52,7 @@ class LayerWiseMergedModel:
         self.problem = problem
         self.layers: list[Layer] = []
         self._base: list[Tensor] = []
-        self._task_vectors: list[list[Tensor | ops.QuantizedTensor]] = [[] for _ in problem.experts]
+        kept: list[list[Tensor | ops.QuantizedTensor]] = [[] for _ in problem.experts]
         for _, parts in groupby(problem.layers, lambda layer: layer.parameter):
             layers = list(parts)
             task_vectors = [problem.task_vectors(layer) for layer in layers]
@@ -62,10 +62,11 @@ class LayerWiseMergedModel:
                 base, moved = weighed(space, problem.base_part(layer), prepare(of_layer))
                 self.layers.append(layer)
                 self._base.append(base)
-                for mine, tensor in zip(self._task_vectors, moved, strict=True):
+                for mine, tensor in zip(kept, moved, strict=True):
                     mine.append(_stored(tensor, storage))
         if not self.layers:
             raise MethodError("experts: all of them equal the base, so there are no coefficients to learn")
+        self._task_vectors = ops.prepare_task_vectors(kept, self._base)
         problem.model.load_state_dict(dict(problem.base), strict=False)
         problem.model.eval().requires_grad_(False)
         self._runner = _Runner(problem.model, problem.forward)

@@ -63,6 +63,16 @@ def as_output(value: Any, name: str) -> Tensor:
     return as_tensor(value, name)
 
 
+def updated(value: Any, tensor: Tensor) -> Any:
+    """`value`, whose memory `tensor` of `as_output` was written to.
+
+    An array of a library with streams of its own, as CuPy's, is handed back to it through DLPack: whatever its current
+    stream does from now on comes after what torch's did.
+    """
+    same_kind(value)(tensor)
+    return value
+
+
 def as_list(value: Any, name: str) -> list[Tensor]:
     """The tensors of a sequence of arrays, or of the first dimension of a single array."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

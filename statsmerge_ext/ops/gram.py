@@ -19,6 +19,7 @@ from .common import (
     fail,
     native,
     register,
+    updated,
 )
 
 _MIRRORED = 512  # columns mirrored at a time
@@ -70,7 +71,7 @@ def gram_accumulate_(gram: Any, x: Any, *, weight: Any = None, other: Any = None
             fail("weight", "real numbers", scale.dtype, TypeError)
         scale = scale.to(target.dtype).reshape(*(batch or [1]), -1)
     native("gram_accumulate_")(target if batch else target.unsqueeze(0), _batched(features, batch), scale, second)
-    return gram
+    return updated(gram, target)
 
 
 def gram_accumulate_patches_(
@@ -143,7 +144,7 @@ def gram_accumulate_patches_(
         groups,
         scale,
     )
-    return gram
+    return updated(gram, target)
 
 
 def unfold_patches(
@@ -200,7 +201,7 @@ def symmetrize_(gram: Any) -> Any:
         target[..., :start, start:stop] = target[..., start:stop, :start].mT
         block = target[..., start:stop, start:stop]
         block.copy_(mirrored(block))
-    return gram
+    return updated(gram, target)
 
 
 def mirrored(gram: Tensor) -> Tensor:

@@ -86,3 +86,24 @@ def test_streams_are_ordered(cupy):
             total = merged.sum()
         stream.synchronize()
         assert float(total) == 3 * numel
+
+
+def test_arrays_updated_in_place_are_ordered(cupy):
+    """CuPy's stream waits for the update, though nothing new is handed to it; torch's is kept busy before."""
+    for _ in range(5):
+        with cupy.cuda.Stream(non_blocking=True) as stream, torch.cuda.stream(torch.cuda.Stream()):
+            x, image = cupy.ones((400, 80), dtype="float32"), cupy.ones((1, 5, 20, 20), dtype="float32")
+            gram, of_patches = cupy.zeros((80, 80), dtype="float32"), cupy.zeros((5, 4, 4), dtype="float32")
+            torch.cuda._sleep(20_000_000)
+            ops.gram_accumulate_(gram, x)
+            first = gram.copy()
+            torch.cuda._sleep(20_000_000)
+            ops.symmetrize_(gram)
+            second = gram.copy()
+            torch.cuda._sleep(20_000_000)
+            ops.gram_accumulate_patches_(of_patches, image, 2, groups=5)
+            third = of_patches.copy()
+        stream.synchronize()
+        lower = np.tril(np.ones((80, 80), dtype=bool))
+        assert (cupy.asnumpy(first)[lower] == 400).all() and (cupy.asnumpy(second) == 400).all()
+        assert (cupy.asnumpy(third)[:, np.tri(4, dtype=bool)] == 361).all()

@@ -2,31 +2,10 @@
 // sums into the Gram. All of it is limited by memory: bytes read and written over 4.3 TB/s on an H200.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
+#include "cuda/gram_features.cuh"
 #include "cuda/gram_layout.cuh"
 
 namespace statsmerge::cuda::gram {
-
-template <class Acc, class T>
-__device__ __forceinline__ Acc converted(T x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return static_cast<Acc>(__bfloat162float(x));
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return static_cast<Acc>(__half2float(x));
-  } else {
-    return static_cast<Acc>(x);
-  }
-}
-
-// Four elements, loaded in as few instructions as their size allows.
-template <class T>
-struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
-  T values[4];
-};
 
 // How weights enter the tile kernels. Scaling a 16-bit operand would round it, so tokens are sorted by their weights on
 // the device, with no need for the host to know them: those of weight 1 are copied as they are, and the rows between
@@ -88,9 +67,8 @@ __device__ __forceinline__ void store_split(uint16_t* to, int64_t part_stride, f
     uint16_t bits[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat16 rounded = __float2bfloat16_rn(values[i]);
-      bits[i] = __bfloat16_as_ushort(rounded);
-      values[i] -= __bfloat162float(rounded);
+      bits[i] = static_cast<uint16_t>(float_to_bfloat16(values[i]));
+      values[i] -= to_acc(bf16{bits[i]});
     }
     store_four(to + part * part_stride, bits);
   }
@@ -126,13 +104,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Features<T> x,
       static_assert(sizeof(T) == 2);
       uint16_t bits[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) memcpy(&bits[e], &values[e], 2);
+      for (int e = 0; e < 4; ++e) bits[e] = values[e].bits;
       store_four(out.left + at, bits);
     } else {
       float left[4], right[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        right[e] = converted<float>(values[e]);
+        right[e] = static_cast<float>(to_acc(values[e]));
         left[e] = kept[i] ? right[e] * weight[i] : 0.0f;
       }
       store_split(out.left + at, out.part_stride, left);
@@ -165,17 +143,6 @@ __global__ void __launch_bounds__(kListThreads) list_steps_kernel(const int* use
   if (threadIdx.x == 0) *count = listed;
 }
 
-// A batch of matrices of any strides.
-template <class T>
-struct Strided {
-  T* data;
-  int64_t batch_stride, row_stride, column_stride;
-
-  __device__ T& at(int64_t b, int64_t i, int64_t j) const {
-    return data[b * batch_stride + i * row_stride + j * column_stride];
-  }
-};
-
 constexpr int kRowThreads = 256;
 constexpr int kRowsOfBlock = kRowThreads / 32;  // one a warp
 
@@ -190,7 +157,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const Acc factor = weight ? weight[batch * weight_stride + row] : Acc{1};
 #pragma unroll 4
   for (int64_t column = threadIdx.x % 32; column < columns; column += 32) {
-    out[i * columns + column] = factor == 0 ? Acc{0} : factor * converted<Acc>(x.at(batch, row, column));
+    out[i * columns + column] = factor == 0 ? Acc{0} : factor * static_cast<Acc>(to_acc(x.at(batch, row, column)));
   }
 }
 

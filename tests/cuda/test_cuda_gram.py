@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from statsmerge_ext.ops import gram_accumulate_, symmetrize_
+from statsmerge_ext.ops import gram_accumulate_, gram_accumulate_patches_, symmetrize_
+from statsmerge_ext.ops.gram import unfold_patches
 from tests.ops.conftest import relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -50,8 +51,9 @@ def assert_as_accurate(gram: Tensor, x: Tensor, floor: float | None = None, **op
     assert worst <= (1e-12 if gram.dtype == torch.float64 else 1e-4), f"an entry is off by {worst:.3g}"
 
 
-def test_the_kernel_is_native():
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("statsmerge::gram_accumulate_", "CUDA")
+def test_the_kernels_are_native():
+    for name in ("gram_accumulate_", "gram_accumulate_patches_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"statsmerge::{name}", "CUDA")
 
 
 @pytest.mark.parametrize("size", [1, 9, 33, 64, 65, 130, 200])
@@ -223,6 +225,71 @@ def test_never_waits_for_the_device(device, dtype, size):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gram_accumulate_(gram, x, weight=weight)
+    gram.zero_()
+    graph.replay()
+    assert torch.equal(gram, expected)
+
+
+# Input, kernel, stride, padding in front and behind, dilation, groups: depthwise; other small Grams in one, two and
+# three dimensions; Grams that cuBLAS takes, grouped; a patch embedding; Grams that the tile kernels take.
+CONVOLUTIONS = [
+    ((3, 40, 9, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 40),
+    ((3, 6, 31), (5,), (2,), ((2, 1),), (2,), 2),
+    ((2, 16, 9, 8), (3, 2), (2, 3), ((0, 2), (4, 0)), (1, 2), 2),
+    ((2, 4, 3, 4, 5), (2, 1, 3), (1, 2, 1), ((1, 0), (0, 0), (2, 2)), (1, 1, 2), 1),
+    ((2, 30, 9, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 2),
+    ((2, 3, 64, 48), (16, 16), (16, 16), ((0, 0), (0, 0)), (1, 1), 1),
+    ((2, 120, 6, 7), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1),
+]
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("layout", ["dense", "channels last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_patches(device, convolution, dtype, layout):
+    shape, kernel, stride, padding, dilation, groups = convolution
+    x = torch.randn(shape, device=device).to(dtype)
+    if layout == "channels last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "sliced":
+        x = torch.stack([x, x + 1], -1)[..., 0]
+    patches = unfold_patches(x, kernel, stride, padding, dilation, groups)
+    outputs = [
+        (size + sum(sides) - spread * (k - 1) - 1) // step + 1
+        for size, sides, spread, k, step in zip(shape[2:], padding, dilation, kernel, stride)
+    ]
+    weight = torch.randint(0, 3, (shape[0], *outputs), device=device).float()
+    columns = patches.shape[-1]
+    for gram_dtype in (torch.float32, torch.float64):
+        for options in ({}, {"weight": weight}):
+            gram = torch.zeros(groups, columns, columns, dtype=gram_dtype, device=device)
+            geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+            symmetrize_(gram_accumulate_patches_(gram, x, kernel, **geometry, **options))
+            flat = {name: value.flatten() for name, value in options.items()}
+            for group in range(0, groups, 7):
+                assert_as_accurate(gram[group], patches[group], **flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_patches_than_are_held_at_a_time(device, dtype):
+    x = torch.randn(40, 256, 50, 50, device=device).to(dtype)
+    patches = unfold_patches(x, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)[0]
+    exact = sum(part.double().mT @ part.double() for part in patches.split(8192))
+    gram = symmetrize_(gram_accumulate_patches_(torch.zeros(1, 2304, 2304, device=device), x, 3, padding=1))[0]
+    error, allowed = relative_error(gram, exact), 2 * relative_error(peer_of(torch.float32, patches), exact) + 2e-7
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("groups", [130, 1])
+def test_patches_never_wait_for_the_device(device, groups):
+    x, columns = torch.randn(2, 130, 9, 9, device=device), 130 // groups * 9
+    gram = torch.zeros(groups, columns, columns, device=device)
+    gram_accumulate_patches_(gram, x, 3, groups=groups)  # whatever is set up once
+    expected = gram.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gram_accumulate_patches_(gram, x, 3, groups=groups)
     gram.zero_()
     graph.replay()
     assert torch.equal(gram, expected)

@@ -22,6 +22,8 @@
 #define __global__ static
 #define __device__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) __attribute__((aligned(bytes)))
 // One block runs at a time. Kernels are static functions, so their shared variables can be put side by side, and are
 // filled with NaN before every block.
 #define __shared__ static __attribute__((section("emulated_shared")))
@@ -163,7 +165,7 @@ inline void run_block(int threads) {
   for (int thread = 0; thread < threads; ++thread) {
     warps[static_cast<size_t>(thread / 32)].barrier = Barrier(std::min(32, threads - thread / 32 * 32));
   }
-  std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+  std::fill(__start_emulated_shared, __stop_emulated_shared, static_cast<char>(0xff));
   fibers.resize(std::max(fibers.size(), static_cast<size_t>(threads)));
   for (int thread = 0; thread < threads; ++thread) {
     Fiber& fiber = fibers[static_cast<size_t>(thread)];

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from statsmerge_ext.ops import QuantizedTensor, weighted_merge
+from statsmerge_ext.ops import QuantizedTensor, prepare_task_vectors, weighted_merge
 
 from .measuring import Bench, Candidate, Case, relative_error
 from .models import llama_8b, shrunk, vit_b32, vit_b32_vectors
@@ -47,19 +47,17 @@ def dense(bench: Bench, name: str, shapes: list, tasks: int, dtype: torch.dtype,
                 merged[l].add_(taus[k][l], alpha=factors[l][k])
         return merged
 
-    factors = coefficients.tolist()
+    factors, prepared = coefficients.tolist(), prepare_task_vectors(taus, base)
     yield Case(
         "weighted_merge",
         name,
         {
-            "ours": Candidate([lambda: weighted_merge(base, taus, coefficients)], merge_error),
+            "ours": Candidate([lambda: weighted_merge(base, prepared, coefficients)], merge_error),
             "add_": Candidate([foreach], merge_error),
         },
         bytes=(tasks + 2) * numel * base[0].element_size(),
         bar=bar,
     )
-
-    flat = [t for row in taus for t in row]
 
     def gradient_error(gradient) -> float:
         exact = [(base[l].flatten().double() @ taus[k][l].flatten().double()) for l in some[1:] for k in range(tasks)]
@@ -74,7 +72,7 @@ def dense(bench: Bench, name: str, shapes: list, tasks: int, dtype: torch.dtype,
         f"gradient, {name}",
         {
             "ours": Candidate(
-                [lambda: torch.ops.statsmerge.weighted_merge_grad(base, flat, [], [], [], [])], gradient_error
+                [lambda: torch.ops.statsmerge.weighted_merge_grad(base, *prepared.operands)], gradient_error
             ),
             "dot": Candidate([dots], gradient_error),
         },
@@ -105,12 +103,12 @@ def quantised(bench: Bench, shapes: list, tasks: int, bits: int = 4, group: int 
         smallest = min(range(len(shapes)), key=lambda l: base[l].numel())
         return relative_error(merged[smallest], one(smallest, torch.float64))
 
-    numel = sum(b.numel() for b in base)
+    numel, prepared = sum(b.numel() for b in base), prepare_task_vectors(taus, base)
     return Case(
         "weighted_merge",
         f"{numel / 1e9:.1f} B parameters, bf16, K = {tasks} of {bits} bits",
         {
-            "ours": Candidate([lambda: weighted_merge(base, taus, coefficients)], error),
+            "ours": Candidate([lambda: weighted_merge(base, prepared, coefficients)], error),
             "dequantise": Candidate([lambda: [one(l, torch.float32).bfloat16() for l in range(len(shapes))]], error),
         },
         bytes=numel * (4 + tasks * bits / 8 * (1 + 8 / group / (bits / 8))),

@@ -9,7 +9,7 @@
 #include "common/tensors.h"
 #include "cuda/launch.h"
 #include "cuda/svd_kernels.cuh"
-#include "cuda/upload.cuh"
+#include "cuda/upload.h"
 
 namespace statsmerge {
 namespace {

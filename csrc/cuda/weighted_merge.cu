@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "common/merge_operands.h"
-#include "cuda/upload.cuh"
+#include "cuda/upload.h"
 #include "cuda/weighted_merge.cuh"
 
 namespace statsmerge {

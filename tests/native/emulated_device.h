@@ -25,7 +25,7 @@
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // One block runs at a time. Kernels are static functions, so their shared variables can be put side by side, and are
-// filled with NaN before every block.
+// filled with NaN before every block; GCC leaves those of templates elsewhere, where they keep what the last block left.
 #define __shared__ static __attribute__((section("emulated_shared")))
 
 extern char __start_emulated_shared[] __attribute__((weak));

@@ -401,3 +401,35 @@ def test_reference_accepts_what_the_operator_accepts():
         torch.testing.assert_close(
             gram_accumulate_reference(torch.zeros(shape), x, **options), ours(torch.zeros(shape), x, **options)
         )
+
+
+class DLPackOnly:
+    """An array of an unknown library: nothing but the DLPack protocol."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.tensor.__dlpack_device__()
+
+
+handed_back = []
+
+
+def from_dlpack(tensor: torch.Tensor) -> None:
+    handed_back.append(tensor.clone())
+
+
+def test_arrays_updated_in_place_are_handed_back_to_their_library():
+    """That is what makes CuPy's stream wait for the update."""
+    gram, patches = DLPackOnly(torch.zeros(2, 2)), DLPackOnly(torch.zeros(1, 2, 2))
+    assert gram_accumulate_(gram, torch.ones(3, 2)) is gram
+    assert symmetrize_(gram) is gram
+    assert gram_accumulate_patches_(patches, torch.ones(1, 1, 4), 2) is patches
+    assert torch.equal(handed_back[0].tril(), torch.full((2, 2), 3.0).tril())
+    assert torch.equal(handed_back[1], torch.full((2, 2), 3.0))
+    assert torch.equal(handed_back[2][0].tril(), torch.full((2, 2), 3.0).tril())
+    assert torch.equal(handed_back[1], gram.tensor)

@@ -34,8 +34,12 @@ struct SmallProblem {
   int64_t tokens, range;  // of a matrix, and how many of them are a range
 };
 
+// Blocks that a multiprocessor is to hold: as many as there are registers for without spills.
+template <class Acc>
+constexpr int kSmallBlocks = sizeof(Acc) == sizeof(float) ? 4 : 3;
+
 template <class Acc, class Features>
-__global__ void __launch_bounds__(kSmallThreads)
+__global__ void __launch_bounds__(kSmallThreads, kSmallBlocks<Acc>)
     small_gram_kernel(const __grid_constant__ SmallProblem<Acc, Features> p) {
   __shared__ __align__(16) Acc tile[kSmallShared];
   __shared__ Acc weights[kSmallTokens];

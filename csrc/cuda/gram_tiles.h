@@ -10,27 +10,24 @@
 #include "cuda/gram_wgmma.cuh"
 #include "cuda/launch.h"
 
-namespace statsmerge {
-namespace {
-
-using namespace cuda::gram;
+namespace statsmerge::cuda::gram {
 
 constexpr bool kUseWgmma = true;                   // false: mma.sync on Hopper too
 constexpr int64_t kWorkspaceBytes = 256 << 20;     // of prepared operands or patches at a time
 constexpr int64_t kMostTokens = int64_t{1} << 30;  // of one launch: tokens are counted in 32 bits
 
-int device_attribute(cudaDeviceAttr attribute, const Tensor& x) {
+inline int device_attribute(cudaDeviceAttr attribute, const Tensor& x) {
   int value = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, x.get_device_index()));
   return value;
 }
 
-int capability_of(const Tensor& x) {
+inline int capability_of(const Tensor& x) {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, x) +
          device_attribute(cudaDevAttrComputeCapabilityMinor, x);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 T* data(const Tensor& x) {
@@ -57,7 +54,7 @@ bool has_wgmma(int capability) {
 }
 
 // The driver's function, found at run time so that libcuda is not linked.
-decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   STD_CUDA_CHECK(
@@ -67,7 +64,7 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // An operand's parts [tokens, columns], from which panels of kPanelColumns columns and `step` tokens are copied.
-CUtensorMap tensor_map(const Operand& operand, bool half, int parts, int64_t tokens, int64_t columns, int step) {
+inline CUtensorMap tensor_map(const Operand& operand, bool half, int parts, int64_t tokens, int64_t columns, int step) {
   static const auto encode = tensor_map_encoder();
   const cuuint64_t size[3]{static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(tokens),
                            static_cast<cuuint64_t>(parts)};
@@ -176,7 +173,7 @@ void add_prepared(const Tensor& gram, const Tensor& x, const float* weight, Kept
 }
 
 // Whether the kernels can read rows of x as they lie in memory, 16 bytes at a time.
-bool is_operand(const Tensor& x) {
+inline bool is_operand(const Tensor& x) {
   return x.stride(1) == 1 && x.stride(0) % 8 == 0 && x.stride(0) >= x.sizes()[1] &&
          reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
@@ -203,5 +200,4 @@ void accumulate_triangle(const Tensor& gram, const Tensor& x, const float* weigh
   }
 }
 
-}  // namespace
-}  // namespace statsmerge
+}  // namespace statsmerge::cuda::gram

@@ -26,6 +26,15 @@ inline std::vector<NativeTest>& native_tests() {
   static const bool registered_##name = (native_tests().push_back({#name, &name}), true);        \
   static void name()
 
+// NATIVE_TEST for code of the device, which does not depend on the instruction set: run for the first one only.
+#define DEVICE_TEST(name)                                                                        \
+  static void name##_once();                                                                     \
+  NATIVE_TEST(name) {                                                                            \
+    static const bool done = (name##_once(), true);                                              \
+    CHECK(done);                                                                                 \
+  }                                                                                              \
+  static void name##_once()
+
 #define CHECK(condition, ...)                                                                          \
   do {                                                                                                 \
     if (!(condition)) fail(__FILE__, __LINE__, #condition __VA_OPT__(, ) __VA_ARGS__);                  \

@@ -328,7 +328,7 @@ void run_wgmma(Case<kParts>& c, const Schedule& schedule) {
 
 }  // namespace
 
-NATIVE_TEST(gram_tiles_cover_the_triangle_once) {
+DEVICE_TEST(gram_tiles_cover_the_triangle_once) {
   for (int ratio = 1; ratio <= 2; ++ratio) {
     for (int rows = 1; rows < 70; ++rows) {
       const Triangle triangle{rows, ratio};
@@ -352,7 +352,7 @@ NATIVE_TEST(gram_tiles_cover_the_triangle_once) {
   CHECK(Triangle::of(1, 2).count() == 1 && Triangle::of(128, 1).count() == 1 && Triangle::of(129, 1).count() == 3);
 }
 
-NATIVE_TEST(gram_tiles_of_a_group_are_close) {
+DEVICE_TEST(gram_tiles_of_a_group_are_close) {
   // What 132 tiles in a row read of x: at most about 16 rows and as many columns of 256 (plus the group's other end).
   const Triangle triangle = Triangle::of(16384, 2);
   for (int first = 0; first + 132 <= triangle.count(); first += 132) {
@@ -365,7 +365,7 @@ NATIVE_TEST(gram_tiles_of_a_group_are_close) {
   }
 }
 
-NATIVE_TEST(gram_schedules_cover_every_step_once) {
+DEVICE_TEST(gram_schedules_cover_every_step_once) {
   for (const int processors : {1, 7, 108, 132}) {
     for (const int rows : {1, 2, 5, 16, 17, 32, 33, 64}) {
       for (const int steps : {1, 2, 3, 16, 100, 512}) {
@@ -400,7 +400,7 @@ NATIVE_TEST(gram_schedules_cover_every_step_once) {
   }
 }
 
-NATIVE_TEST(gram_schedules_balance_the_device) {
+DEVICE_TEST(gram_schedules_balance_the_device) {
   // The busiest thread block's steps over what an even division would give it.
   const auto imbalance = [](int64_t columns, int ratio, int steps) {
     const Schedule schedule = plan(Triangle::of(columns, ratio), 132, steps);
@@ -419,7 +419,7 @@ NATIVE_TEST(gram_schedules_balance_the_device) {
   CHECK(imbalance(5120, 2, 512) < 1.1);
 }
 
-NATIVE_TEST(gram_mma_kernel_on_the_host) {
+DEVICE_TEST(gram_mma_kernel_on_the_host) {
   for (const bool one_operand : {true, false}) {
     for (const bool pairs : {true, false}) {
       Case<1> plain(one_operand ? 130 : 64, 259, one_operand, pairs);
@@ -434,7 +434,7 @@ NATIVE_TEST(gram_mma_kernel_on_the_host) {
   run_mma(listed, {Triangle::of(140, 1), 0, 5});
 }
 
-NATIVE_TEST(gram_wgmma_kernel_on_the_host) {
+DEVICE_TEST(gram_wgmma_kernel_on_the_host) {
   for (const bool one_operand : {true, false}) {
     for (const bool pairs : {true, false}) {
       Case<1> plain(one_operand ? 130 : 64, 390, one_operand, pairs);
@@ -449,7 +449,7 @@ NATIVE_TEST(gram_wgmma_kernel_on_the_host) {
   run_wgmma(listed, {Triangle::of(140, 2), 0, 5});
 }
 
-NATIVE_TEST(gram_shared_memory_is_read_without_conflicts) {
+DEVICE_TEST(gram_shared_memory_is_read_without_conflicts) {
   // The eight addresses of each quarter of an ldmatrix lie in different banks: 16-byte chunks modulo 128 bytes.
   for (const auto lanes : {left_lane, right_lane}) {
     for (int column = 0; column < 128; column += 16) {
@@ -467,7 +467,7 @@ NATIVE_TEST(gram_shared_memory_is_read_without_conflicts) {
   static_assert(WgmmaTile<1>::kStageBytes % kAtomBytes == 0 && WgmmaTile<3>::kStageBytes % kAtomBytes == 0);
 }
 
-NATIVE_TEST(gram_three_parts_hold_a_float) {
+DEVICE_TEST(gram_three_parts_hold_a_float) {
   const auto x = cast<float>(normal(2000, 4)), y = cast<float>(normal(2000, 5));
   const auto parts_of = [](float value) {
     std::vector<double> parts;
@@ -494,7 +494,7 @@ NATIVE_TEST(gram_three_parts_hold_a_float) {
   CHECK(std::sqrt(squares / static_cast<double>(x.size())) < 0x1p-26);
 }
 
-NATIVE_TEST(gram_small_kernel_on_the_host) {
+DEVICE_TEST(gram_small_kernel_on_the_host) {
   for (int columns = 1; columns <= kSmall; columns += columns < 10 ? 1 : 9) {
     const SmallShape shape{columns};
     CHECK(shape.slices() >= 1 && shape.slices() * shape.entries() <= kSmallShared);

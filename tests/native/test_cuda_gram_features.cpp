@@ -137,12 +137,12 @@ void check_matrices() {
 
 }  // namespace
 
-NATIVE_TEST(cuda_small_grams_of_matrices) {
+DEVICE_TEST(cuda_small_grams_of_matrices) {
   check_matrices<float, f16>();
   check_matrices<double, float>();
 }
 
-NATIVE_TEST(cuda_small_grams_of_patches) {
+DEVICE_TEST(cuda_small_grams_of_patches) {
   for_convolutions<bf16>([](const Convolution<bf16>& c) {
     if (c.columns > kSmall) return;
     const auto at = [&](int64_t g, int64_t t, int64_t j) { return c.at(g, t, j); };
@@ -151,7 +151,7 @@ NATIVE_TEST(cuda_small_grams_of_patches) {
   });
 }
 
-NATIVE_TEST(cuda_patches_become_matrices) {
+DEVICE_TEST(cuda_patches_become_matrices) {
   for_convolutions<float>([](const Convolution<float>& c) {
     const int64_t pitch = c.columns + 3;
     for (const int64_t first : {int64_t{0}, c.tokens / 3}) {

@@ -137,7 +137,7 @@ double epsilon(Storage storage) {
 
 }  // namespace
 
-NATIVE_TEST(cuda_merge_covers_every_element_of_every_type) {
+DEVICE_TEST(cuda_merge_covers_every_element_of_every_type) {
   for (const int64_t numel : {1, 7, 8, 9, 4096, 5003}) {
     for (const Storage base_type : kStorages) {
       for (const Storage task_type : kStorages) {
@@ -166,7 +166,7 @@ NATIVE_TEST(cuda_merge_covers_every_element_of_every_type) {
   }
 }
 
-NATIVE_TEST(cuda_merge_reads_codes_of_every_width_and_group) {
+DEVICE_TEST(cuda_merge_reads_codes_of_every_width_and_group) {
   for (const int bits : {2, 3, 4, 8}) {
     for (const int64_t group : {8, 24, 64, 1000, 4104, 100000}) {
       const int64_t numel = 9001;
@@ -187,7 +187,7 @@ NATIVE_TEST(cuda_merge_reads_codes_of_every_width_and_group) {
   }
 }
 
-NATIVE_TEST(cuda_merge_gradient_sums_every_element_once) {
+DEVICE_TEST(cuda_merge_gradient_sums_every_element_once) {
   const std::vector<int64_t> sizes = {3, 0, 4096, 20011, 8};
   for (const Storage type : kStorages) {
     for (const bool packs : {true, false}) {
@@ -228,7 +228,7 @@ NATIVE_TEST(cuda_merge_gradient_sums_every_element_once) {
   }
 }
 
-NATIVE_TEST(cuda_search_finds_the_tensor_of_every_chunk) {
+DEVICE_TEST(cuda_search_finds_the_tensor_of_every_chunk) {
   std::mt19937_64 random(3);
   for (const int64_t layers : {1, 2, 31, 32, 33, 64, 200, 1025, 3000}) {
     std::vector<int64_t> start = {0}, owner;
@@ -246,14 +246,14 @@ NATIVE_TEST(cuda_search_finds_the_tensor_of_every_chunk) {
   }
 }
 
-NATIVE_TEST(cuda_chunks_are_whole_tiles) {
+DEVICE_TEST(cuda_chunks_are_whole_tiles) {
   for (const int64_t numel : {int64_t{0}, int64_t{1000}, int64_t{90000000}, int64_t{8000000000}, int64_t{1} << 40}) {
     CHECK(chunk_size(numel) % kTile == 0 && chunk_size(numel) >= kTile && chunk_size(numel) <= 16 * kTile);
     CHECK(numel / chunk_size(numel) < 0x7fffffff);
   }
 }
 
-NATIVE_TEST(cuda_merge_kernels_agree_with_their_threads) {
+DEVICE_TEST(cuda_merge_kernels_agree_with_their_threads) {
   const std::vector<int64_t> sizes = {3, 0, 4096, 9001, 0};
   const int64_t tasks = 9;
   std::vector<Stored> base, out, expected, taus;

@@ -47,7 +47,7 @@ void substitute(const double* leaf, double* r, int size, bool forward, int lanes
 
 }  // namespace
 
-NATIVE_TEST(cuda_triangle_tiles_cover_the_triangle_once) {
+DEVICE_TEST(cuda_triangle_tiles_cover_the_triangle_once) {
   int64_t t = 0;
   for (int64_t row = 0; row < 700; ++row) {
     for (int64_t column = 0; column <= row; ++column, ++t) {
@@ -62,7 +62,7 @@ NATIVE_TEST(cuda_triangle_tiles_cover_the_triangle_once) {
   }
 }
 
-NATIVE_TEST(cuda_leaf_factorises_and_substitutes) {
+DEVICE_TEST(cuda_leaf_factorises_and_substitutes) {
   for (const int size : {1, 2, 15, 16, 17, 63, 64}) {
     const int64_t n = size + 5;
     const auto a = positive_definite(n, 1);
@@ -101,7 +101,7 @@ NATIVE_TEST(cuda_leaf_factorises_and_substitutes) {
   }
 }
 
-NATIVE_TEST(cuda_leaf_sees_what_is_not_positive_definite) {
+DEVICE_TEST(cuda_leaf_sees_what_is_not_positive_definite) {
   for (const double pivot : {0.0, -1.0, std::nan("")}) {
     auto a = positive_definite(20, 3);
     a[7 * 20 + 7] = pivot;
@@ -109,7 +109,7 @@ NATIVE_TEST(cuda_leaf_sees_what_is_not_positive_definite) {
   }
 }
 
-NATIVE_TEST(cuda_vector_solve_goes_through_all_leaves) {
+DEVICE_TEST(cuda_vector_solve_goes_through_all_leaves) {
   const int64_t n = 150;  // two whole leaves and a part
   const auto a = positive_definite(n, 4);
   auto l = a;
@@ -148,7 +148,7 @@ NATIVE_TEST(cuda_vector_solve_goes_through_all_leaves) {
   }
 }
 
-NATIVE_TEST(cuda_largest_eigenvalue_of_tridiagonals) {
+DEVICE_TEST(cuda_largest_eigenvalue_of_tridiagonals) {
   // 2 on the diagonal and −1 beside it: 2 + 2 cos(π / (n + 1))
   for (int n = 1; n <= kLanczosSteps; ++n) {
     const std::vector<double> diagonal(kLanczosSteps, 2.0), coupling(kLanczosSteps, -1.0);
@@ -161,7 +161,7 @@ NATIVE_TEST(cuda_largest_eigenvalue_of_tridiagonals) {
   CHECK(std::isnan(largest_eigenvalue(bad, zeros, 3)) && std::isnan(largest_eigenvalue(zeros, bad, 3)));
 }
 
-NATIVE_TEST(cuda_lanczos_starts_from_entries_of_every_sign) {
+DEVICE_TEST(cuda_lanczos_starts_from_entries_of_every_sign) {
   double sum = 0, squares = 0;
   for (int64_t i = 0; i < 100000; ++i) {
     const double x = start_entry(i);
@@ -172,13 +172,13 @@ NATIVE_TEST(cuda_lanczos_starts_from_entries_of_every_sign) {
   CHECK(std::abs(sum) < 1000 && std::abs(squares / 100000 - 1.0 / 3) < 0.01, sum, squares);
 }
 
-NATIVE_TEST(cuda_spectrum_threshold_is_relative_and_never_negative) {
+DEVICE_TEST(cuda_spectrum_threshold_is_relative_and_never_negative) {
   CHECK(spectrum_threshold(-1e-9, 4, 1e-3) == 0 && spectrum_threshold(0, 4, 1e-3) == 0);
   CHECK(spectrum_threshold(2, 4, 1e-3) == 2e-3);
   CHECK(spectrum_threshold(2, 4, 0) == 8 * 2.220446049250313e-16);
 }
 
-NATIVE_TEST(cuda_mirror_kernel) {
+DEVICE_TEST(cuda_mirror_kernel) {
   for (const int64_t n : {1, 31, 32, 33, 70}) {
     const int64_t batches = 2, side = (n + kMirrorTile - 1) / kMirrorTile, tiles = side * (side + 1) / 2;
     auto in = cast<float>(normal(batches * n * n, n));
@@ -197,7 +197,7 @@ NATIVE_TEST(cuda_mirror_kernel) {
   }
 }
 
-NATIVE_TEST(cuda_shift_kernels_bound_the_largest_eigenvalue) {
+DEVICE_TEST(cuda_shift_kernels_bound_the_largest_eigenvalue) {
   const int64_t n = 40, batches = 2;
   std::vector<double> c(batches * n * n, 0.0), shift(batches, NAN);
   for (int64_t i = 0; i < n; ++i) {
@@ -213,7 +213,7 @@ NATIVE_TEST(cuda_shift_kernels_bound_the_largest_eigenvalue) {
 }
 
 // A system of three leaves, factorised and solved as the operator does, the products of matrices by loops.
-NATIVE_TEST(cuda_solve_kernels_together) {
+DEVICE_TEST(cuda_solve_kernels_together) {
   const int64_t n = 150, batches = 2, m = 21;
   std::vector<double> a;
   for (int64_t b = 0; b < batches; ++b) {
@@ -334,7 +334,7 @@ NATIVE_TEST(cuda_solve_kernels_together) {
   }
 }
 
-NATIVE_TEST(cuda_factor_kernel_flags_the_system_that_fails) {
+DEVICE_TEST(cuda_factor_kernel_flags_the_system_that_fails) {
   const int64_t n = 30, batches = 3;
   std::vector<double> matrices;
   for (int64_t b = 0; b < batches; ++b) {
@@ -349,7 +349,7 @@ NATIVE_TEST(cuda_factor_kernel_flags_the_system_that_fails) {
   CHECK(!flags[0].not_factorised && flags[1].not_factorised && !flags[2].not_factorised && !flags[1].unproven);
 }
 
-NATIVE_TEST(cuda_invert_spectrum_kernel) {
+DEVICE_TEST(cuda_invert_spectrum_kernel) {
   const int64_t count = 50;
   std::vector<double> values;
   for (int64_t i = 0; i < count; ++i) values.push_back(std::pow(10.0, -static_cast<double>(i) / 5));  // descending

@@ -6,18 +6,10 @@
 #include "cuda/svd_dense.cuh"
 #include "cuda/svd_lanczos.cuh"
 
-// NATIVE_TEST for code of the device, which does not depend on the instruction set: run for the first one only.
-#define DEVICE_TEST(name)                                  \
-  static void name##_once();                               \
-  NATIVE_TEST(name) {                                      \
-    static const bool done = (name##_once(), true);        \
-    CHECK(done);                                           \
-  }                                                        \
-  static void name##_once()
-
 namespace {
 
 using namespace statsmerge;
+using namespace statsmerge::cuda;
 using namespace statsmerge::cuda::svd;
 
 // Singular values in descending order, by one-sided Jacobi rotations in double.

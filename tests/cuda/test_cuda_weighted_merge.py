@@ -257,21 +257,23 @@ def test_tables_of_task_vectors_are_found_again(device):
 def test_is_captured_in_a_graph(device):
     shapes = [(1000,), (33, 127)]
     base, tasks = moved(model(shapes=shapes), device), [moved(model(shapes=shapes), device) for _ in range(2)]
-    coefficients = torch.ones(2, 2, device=device)
-    weighted_merge(base, tasks, coefficients)
+    coefficients, flat = torch.ones(2, 2, device=device), [t for task in tasks for t in task]
+
+    def run() -> tuple[list[Tensor], Tensor]:
+        merged = weighted_merge(base, tasks, coefficients)
+        return merged, torch.ops.statsmerge.weighted_merge_grad(merged, flat, [], [], [], [])
+
+    run()  # whatever is set up once
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        merged = weighted_merge(base, tasks, coefficients)
-        flat = [t for task in tasks for t in task]
-        products = torch.ops.statsmerge.weighted_merge_grad(merged, flat, [], [], [], [])
+        merged, products = run()
     for _ in range(10):  # other tables, where the memory of those in the graph must not be
         weighted_merge([b.clone() for b in base], [[t.clone() for t in task] for task in tasks], coefficients)
     for scale in (1.0, -0.5):
         coefficients.fill_(scale)
         graph.replay()
-        expected = weighted_merge(base, tasks, coefficients)
-        assert all(torch.equal(a, b) for a, b in zip(merged, expected))
-        assert torch.equal(products, torch.ops.statsmerge.weighted_merge_grad(expected, flat, [], [], [], []))
+        expected = run()
+        assert all(torch.equal(a, b) for a, b in zip(merged, expected[0])) and torch.equal(products, expected[1])
 
 
 def test_a_tensor_of_more_than_two_to_the_31_elements(device):

@@ -15,7 +15,7 @@ namespace statsmerge::cuda::gram {
 // no consequence.
 enum class Kept { all, ones, nonzero, neither_zero_nor_one };
 
-__device__ __forceinline__ bool keeps(Kept kept, float weight) {
+STATSMERGE_HD bool keeps(Kept kept, float weight) {
   return kept == Kept::all || (kept == Kept::ones ? weight == 1.0f
                                                   : weight != 0.0f && (kept == Kept::nonzero || weight != 1.0f));
 }
@@ -43,32 +43,33 @@ constexpr int kPrepareThreads = 256;
 constexpr int kPrepareColumns = 4 * kPrepareThreads;  // of one block
 
 template <class T>
-__device__ __forceinline__ void load_four(const Features<T>& x, int64_t token, int64_t column, T (&out)[4]) {
+STATSMERGE_HD void load_four(const Features<T>& x, int64_t token, int64_t column, T (&out)[4]) {
   const T* row = x.data + token * x.row_stride + column;
   if (x.vectors && column + 4 <= x.columns) {
     const Four<T> four = *reinterpret_cast<const Four<T>*>(row);
-#pragma unroll
+    STATSMERGE_UNROLL
     for (int i = 0; i < 4; ++i) out[i] = four.values[i];
   } else {
-#pragma unroll
+    STATSMERGE_UNROLL
     for (int i = 0; i < 4; ++i) out[i] = column + i < x.columns ? row[i] : T{};
   }
 }
 
-__device__ __forceinline__ void store_four(uint16_t* to, const uint16_t (&values)[4]) {
-  *reinterpret_cast<uint2*>(to) = {values[0] | static_cast<uint32_t>(values[1]) << 16,
-                                   values[2] | static_cast<uint32_t>(values[3]) << 16};
-}
+struct alignas(8) FourHalves {
+  uint16_t values[4];
+};
+
+STATSMERGE_HD void store_four(uint16_t* to, const FourHalves& values) { *reinterpret_cast<FourHalves*>(to) = values; }
 
 // Stores four numbers as three bfloat16 parts. Each remainder is exact in float.
-__device__ __forceinline__ void store_split(uint16_t* to, int64_t part_stride, float (&values)[4]) {
-#pragma unroll
+STATSMERGE_HD void store_split(uint16_t* to, int64_t part_stride, float (&values)[4]) {
+  STATSMERGE_UNROLL
   for (int part = 0; part < 3; ++part) {
-    uint16_t bits[4];
-#pragma unroll
+    FourHalves bits;
+    STATSMERGE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      bits[i] = static_cast<uint16_t>(float_to_bfloat16(values[i]));
-      values[i] -= to_acc(bf16{bits[i]});
+      bits.values[i] = static_cast<uint16_t>(float_to_bfloat16(values[i]));
+      values[i] -= to_acc(bf16{bits.values[i]});
     }
     store_four(to + part * part_stride, bits);
   }
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Features<T> x,
   if (blockIdx.y == 0 && threadIdx.x == 0) out.used[blockIdx.x] = any;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kPrepareColumns + 4 * threadIdx.x;
   if (!any || column >= x.columns) return;
-#pragma unroll 4
+  STATSMERGE_UNROLL_4
   for (int i = 0; i < kTokens; ++i) {
     const int64_t token = first + i;
     if (token >= x.tokens) break;
@@ -102,13 +103,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Features<T> x,
     if (kept[i]) load_four(x, token, column, values);
     if constexpr (kParts == 1) {
       static_assert(sizeof(T) == 2);
-      uint16_t bits[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) bits[e] = values[e].bits;
+      FourHalves bits;
+      STATSMERGE_UNROLL
+      for (int e = 0; e < 4; ++e) bits.values[e] = values[e].bits;
       store_four(out.left + at, bits);
     } else {
       float left[4], right[4];
-#pragma unroll
+      STATSMERGE_UNROLL
       for (int e = 0; e < 4; ++e) {
         right[e] = static_cast<float>(to_acc(values[e]));
         left[e] = kept[i] ? right[e] * weight[i] : 0.0f;
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (i >= batches * rows) return;
   const int64_t batch = i / rows, row = i % rows;
   const Acc factor = weight ? weight[batch * weight_stride + row] : Acc{1};
-#pragma unroll 4
+  STATSMERGE_UNROLL_4
   for (int64_t column = threadIdx.x % 32; column < columns; column += 32) {
     out[i * columns + column] = factor == 0 ? Acc{0} : factor * static_cast<Acc>(to_acc(x.at(batch, row, column)));
   }
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kRowThreads)
     add_product_kernel(Strided<float> gram, const float* product, int64_t batches, int64_t rows, int64_t columns) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32;
   if (i >= batches * rows) return;
-#pragma unroll 4
+  STATSMERGE_UNROLL_4
   for (int64_t column = threadIdx.x % 32; column < columns; column += 32) {
     gram.at(i / rows, i % rows, column) += product[i * columns + column];
   }

@@ -7,8 +7,10 @@
 #define STATSMERGE_HD __host__ __device__ __forceinline__
 #define STATSMERGE_HD_PHASE __host__ __device__ inline
 #define STATSMERGE_UNROLL _Pragma("unroll")
+#define STATSMERGE_UNROLL_4 _Pragma("unroll 4")
 #else
 #define STATSMERGE_HD inline
 #define STATSMERGE_HD_PHASE inline
 #define STATSMERGE_UNROLL
+#define STATSMERGE_UNROLL_4
 #endif

@@ -6,6 +6,8 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -200,6 +202,20 @@ inline void launch(Index grid, int threads, const std::function<void()>& kernel)
 
 inline void __syncthreads() { emulated::block.wait(); }
 inline void __syncwarp() { emulated::warps[threadIdx.x / 32].barrier.wait(); }
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+
+// Whether `value` holds for any thread of the block.
+inline int __syncthreads_or(int value) {
+  static std::atomic<int> any;
+  if (threadIdx.x == 0) any = 0;
+  emulated::block.wait();
+  if (value) any = 1;
+  emulated::block.wait();
+  const int result = any;
+  emulated::block.wait();
+  return result;
+}
 
 inline double __shfl_xor_sync(unsigned, double value, int distance) {
   const unsigned from = (threadIdx.x % 32) ^ static_cast<unsigned>(distance);

@@ -1,7 +1,7 @@
 // Grams of matrices and of patches on CUDA, the kernels themselves run on the host: the small kernel with both kinds of
 // features, and the kernel that writes patches as matrices.
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <limits>
 
 #include "check.h"

@@ -4,7 +4,11 @@
 //    M = LᵀL has C's nonzero eigenvalues, with a Cholesky factorisation of M where it proves them all to be kept, and
 //    M's eigenvectors otherwise.
 //  - The eigenvectors of C.
-// The error of each is a small multiple of eps times the condition number, relative to the norm of the result.
+// The error of each is a small multiple of eps times the condition number, relative to the norm of the result. A C given
+// in float is of full rank however few the features were: what its rounding put there is no part of the factor. Then
+// C = LLᵀ + E, and the factor serves if its eigenvalues are all kept and E's, by the size of E, are all dropped (Weyl).
+// The result changes by at most about ‖E‖ over the least eigenvalue kept, of which kLeftOut is the limit; as E is
+// rounding error, it usually is a hundredth of that and less.
 #include "cpu/kernels/solve.h"
 
 #include <algorithm>
@@ -27,6 +31,7 @@ constexpr int64_t kBlock = 192;    // columns of a triangular factor by which ze
 constexpr int64_t kSteps = 16;     // of a Lanczos iteration
 constexpr double kMargin = 1.25;   // by which a Lanczos iteration of so many steps hardly ever misses the largest
 constexpr double kNoise = 64;      // rounding errors of a factorisation stay below so many eps of the largest eigenvalue
+constexpr double kLeftOut = 1e-3;  // the largest part of the least eigenvalue kept that a factor may leave out of C
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 
 using Vectors = std::vector<double>;
@@ -312,23 +317,25 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
   load(c, ridge, matrix);
   std::vector<int64_t> order;
   const auto most = static_cast<int64_t>(kThin * static_cast<double>(n));
-  const int64_t rank = pivoted_cholesky(matrix, kNoise * kEps * bound, most, order);
-  if (rank < most && trailing_norm(matrix, rank) <= static_cast<double>(n) * kEps * bound) {
+  const double rounding = c.storage == Storage::f32 ? std::numeric_limits<float>::epsilon() : kEps;
+  const int64_t rank = pivoted_cholesky(matrix, kNoise * rounding * bound, most, order);
+  const double left_out = rank < most ? trailing_norm(matrix, rank) : bound;
+  const bool exact = left_out <= static_cast<double>(n) * kEps * bound;
+  if (exact || left_out <= cut) {
     Vectors inner = factor_square(matrix, rank), factor(static_cast<size_t>(n * rank));
     for (int64_t i = 0; i < n; ++i) std::copy_n(matrix.row(i), rank, factor.data() + i * rank);
-    work = {};
     Vectors shifted = inner;
-    shift(square(shifted, rank), -cut);
+    shift(square(shifted, rank), -(exact ? cut : std::max(cut, left_out / kLeftOut)));
     std::unique_ptr<PseudoInverse> inverse;
     if (cholesky(square(shifted, rank))) {
       cholesky(square(inner, rank));
       inverse = std::make_unique<PositiveDefinite>(std::move(inner), rank);
-    } else {
+    } else if (exact) {
       if (!eigen) return nullptr;
       mirror_upper(square(inner, rank));
       inverse = std::make_unique<EigenInverse>(eigen(std::move(inner), rank), rank, rcond);
     }
-    return std::make_unique<ThinInverse>(std::move(factor), std::move(order), rank, std::move(inverse));
+    if (inverse) return std::make_unique<ThinInverse>(std::move(factor), std::move(order), rank, std::move(inverse));
   }
 
   if (!eigen) return nullptr;

@@ -9,7 +9,7 @@ template <class Real>
 struct BlockProductsTable {
   void (*widened[4][5])(const SourceRows&, int64_t, const Real*, int64_t, Real*, Real*);
   void (*products)(const Real*, const Real*, int64_t, Real*);
-  void (*combine)(const Real*, const Real*, int64_t, Real*);
+  void (*combine)(const Real*, const Real*, int64_t, Real*, const SourceRows*);
   void (*add_moments)(const Real*, int64_t, double, double, double*);
 };
 
@@ -46,8 +46,8 @@ void BlockProducts<Real>::products(const Real* rows, const Real* v, int64_t stri
 }
 
 template <class Real>
-void BlockProducts<Real>::combine(const Real* rows, const Real* y, int64_t stride, Real* w) {
-  table<Real>().combine(rows, y, stride, w);
+void BlockProducts<Real>::combine(const Real* rows, const Real* y, int64_t stride, Real* w, const SourceRows* next) {
+  table<Real>().combine(rows, y, stride, w, next);
 }
 
 template <class Real>

@@ -123,7 +123,8 @@ void products(const Real* rows, const Real* v, int64_t stride, Real* y) {
 }
 
 template <class Real>
-void combine(const Real* rows, const Real* y, int64_t stride, Real* w) {
+void combine(const Real* rows, const Real* y, int64_t stride, Real* w, const SourceRows* next) {
+  const int64_t bytes = next ? bytes_of(next->storage) : 0;
   Vector<Real> factors[kBlock * kBlock];
   for (int64_t i = 0; i < kBlock * kBlock; ++i) factors[i] = broadcast(y[i]);
   for (int64_t i = 0; i < stride; i += kLanes<Real>) {
@@ -134,6 +135,8 @@ void combine(const Real* rows, const Real* y, int64_t stride, Real* w) {
       for (int64_t r = 0; r < kBlock; ++r) sum += factors[r * kBlock + c] * x[r];
       store(w + c * stride + i, sum);
     }
+    if (!next) continue;
+    for (int64_t r = 0; r < kBlock; ++r) __builtin_prefetch(next->rows[r] + i * bytes, 0, 2);
   }
 }
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numbers>
 
 #include "cpu/kernels/orthonormalize.h"
 #include "cpu/kernels/svd.h"
@@ -139,44 +138,60 @@ class Lanczos {
       orthonormalize(basis_, 0, filled_ + found, kInfinity, random_, basis_[filled_ + found]);
   }
 
-  // Norm of AᵀA x − θ x for Ritz pair i.
-  double residual(int64_t i) const {
-    const double* tail = ritz_.vectors.data() + i * last_;
-    double sum = 0;
-    for (int64_t r = 0; r < pending_; ++r) {
-      double component = 0;
-      for (int64_t c = 0; c < last_; ++c) component += coupling_[r * block_ + c] * tail[c];
-      sum += component * component;
+  // The residuals AᵀA x − θ x of the first Ritz pairs, as rows of components along the pending block.
+  std::vector<double> residuals(int64_t count) const {
+    std::vector<double> out(static_cast<size_t>(count * pending_), 0.0);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t r = 0; r < pending_; ++r) {
+        for (int64_t c = 0; c < last_; ++c)
+          out[i * pending_ + r] += coupling_[r * block_ + c] * ritz_.vectors[i * last_ + c];
+      }
     }
-    return std::sqrt(sum);
+    return out;
   }
 
-  // Singular values and bounds from the Ritz pairs. With r the residual of the singular pair, a singular value lies
-  // within r of σ, and within r²/gap if no other is nearer than gap (Kato and Temple); the neighbours' own residuals
-  // are taken off the gap. The rounding error of the products is a part of every residual.
+  // Singular values and bounds from the Ritz pairs. An eigenvalue of AᵀA lies within the residual's norm of each Ritz
+  // value. Better bounds are quadratic: with E the residuals of j Ritz pairs, beside whose vectors AᵀA is at most μ, its
+  // eigenvalue number i is at most that of diag(θ) + EᵀE / (θᵢ − μ) (by Haynsworth's inertia formula, as in Lehmann's
+  // bounds) and at least θᵢ. For μ the next Ritz value and its residual are taken, and of all j from k to 2k the one
+  // that gives most, so that neighbours that are close to each other do no harm. The rounding error of the products is
+  // a part of every residual.
   Progress estimate(Svd& out) {
-    const int64_t count = std::min(k_ + 1, filled_);
+    const int64_t count = std::min(2 * k_ + 1, filled_);
     const double theta_max = std::max(ritz_.values[0], 0.0);
     const double rounding = theta_max * (single_ ? float_rounding_ : static_cast<double>(filled_) * kEps);
-    std::vector<double> sigma, reach;
+    const std::vector<double> rows = residuals(count);
+    std::vector<double> theta, norm, squares(static_cast<size_t>(count * count), 0.0);
     for (int64_t i = 0; i < count; ++i) {
-      const double theta = ritz_.values[i] > rounding ? ritz_.values[i] : 0.0;
-      const double r = residual(i) + rounding;
-      sigma.push_back(std::sqrt(theta));
-      reach.push_back(theta > r ? r / (std::numbers::sqrt2 * sigma[i]) : std::sqrt(theta + r));
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t r = 0; r < pending_; ++r)
+          squares[i * count + j] += rows[i * pending_ + r] * rows[j * pending_ + r];
+      }
+      norm.push_back(std::sqrt(squares[i * count + i]));
+      theta.push_back(ritz_.values[i] > rounding ? ritz_.values[i] : 0.0);
     }
-    out.s.assign(sigma.begin(), sigma.begin() + k_);
-    out.bound.assign(reach.begin(), reach.begin() + k_);
     Progress progress{0, true};
+    out.s.clear();
+    out.bound.clear();
     for (int64_t i = 0; i < k_; ++i) {
-      double gap = i + 1 < count ? sigma[i] - sigma[i + 1] - reach[i + 1] : 0;
-      if (i > 0) gap = std::min(gap, sigma[i - 1] - reach[i - 1] - sigma[i]);
-      if (gap > reach[i])
-        out.bound[i] = std::max(reach[i] * reach[i] / gap, rounding / std::max(sigma[i], std::sqrt(rounding)));
-      const bool null = !single_ && ritz_.values[i] <= 1e-13 * theta_max && residual(i) <= 1e-12 * theta_max;
-      if (null || out.bound[i] <= settings_.tol * sigma[i]) continue;
-      progress.excess = std::max(progress.excess, sigma[i] > 0 ? out.bound[i] / (settings_.tol * sigma[i]) : kInfinity);
-      progress.rounding_only = progress.rounding_only && residual(i) <= rounding;
+      const double sigma = std::sqrt(theta[i]), reach = norm[i] + rounding;
+      double bound = theta[i] > reach ? reach / (sigma + std::sqrt(theta[i] - reach)) : std::sqrt(theta[i] + reach);
+      for (int64_t j = k_; j < count && sigma > 0 && bound > settings_.tol * sigma; ++j) {
+        const double gap = theta[i] - theta[j] - norm[j] - rounding;
+        if (gap <= 0) continue;
+        std::vector<double> shifted(static_cast<size_t>(j * j));
+        for (int64_t a = 0; a < j; ++a) {
+          for (int64_t b = 0; b < j; ++b) shifted[a * j + b] = squares[a * count + b] / gap + (a == b ? theta[a] : 0.0);
+        }
+        const double above = symmetric_eigen(shifted, j, j).values[i] + rounding;
+        bound = std::min(bound, std::max(std::sqrt(above) - sigma, rounding / sigma));
+      }
+      out.s.push_back(sigma);
+      out.bound.push_back(bound);
+      const bool null = !single_ && ritz_.values[i] <= 1e-13 * theta_max && norm[i] <= 1e-12 * theta_max;
+      if (null || bound <= settings_.tol * sigma) continue;
+      progress.excess = std::max(progress.excess, sigma > 0 ? bound / (settings_.tol * sigma) : kInfinity);
+      progress.rounding_only = progress.rounding_only && norm[i] <= rounding;
     }
     return progress;
   }

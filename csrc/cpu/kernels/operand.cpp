@@ -2,6 +2,7 @@
 #include "cpu/kernels/operand.h"
 
 #include <cmath>
+#include <utility>
 
 #include "common/parallel.h"
 #include "cpu/kernels/vector_ops.h"
@@ -132,18 +133,20 @@ void Products<Real>::normal(const double* v, int64_t count, Rows& w, Moments* mo
     Real* sum = sum_of(part);
     Real* tile = sum + all;
     std::fill(sum, sum + all, Real{0});
+    SourceRows next = source_rows(a_, first);
     for (int64_t r = first; r < last; r += kBlock) {
       const int64_t present = std::min(kBlock, last - r);
+      const SourceRows source = std::exchange(next, source_rows(a_, r + kBlock));
       for (int64_t b = 0; b < blocks; ++b) {
         alignas(64) Real y[kBlock * kBlock];
         if (b == 0) {
-          Blocks::widened(source_rows(a_, r), a_.columns, vectors, stride, tile, y);
+          Blocks::widened(source, a_.columns, vectors, stride, tile, y);
         } else {
           Blocks::products(tile, vectors + b * block, stride, y);
         }
         for (Real& value : y) value *= scale;
         std::fill(y + present * kBlock, y + kBlock * kBlock, Real{0});
-        Blocks::combine(tile, y, stride, sum + b * block);
+        Blocks::combine(tile, y, stride, sum + b * block, b == 0 ? &next : nullptr);
       }
       if (!moments) continue;
       for (int64_t i = 0; i < present; ++i) {

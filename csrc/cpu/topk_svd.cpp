@@ -78,44 +78,63 @@ void for_each_matrix(const TensorList& mats, const TensorList& minus, const F& f
   }
 }
 
+// A matrix of the list, or one of a batch in it.
+struct Place {
+  size_t entry;
+  int64_t index;
+};
+
 template <class T>
-void store(const std::vector<double>& values, int64_t count, Tensor& out) {
-  std::transform(values.begin(), values.begin() + count, static_cast<T*>(out.mutable_data_ptr()),
-                 [](double x) { return static_cast<T>(x); });
+T* data_at(Tensor& batch, int64_t offset) {
+  return static_cast<T*>(batch.mutable_data_ptr()) + offset;
 }
 
+template <class T>
+void store(const std::vector<double>& values, int64_t count, T* out) {
+  std::transform(values.begin(), values.begin() + count, out, [](double x) { return static_cast<T>(x); });
+}
+
+// mats: matrices, or batches [B, m, n] of them, whose results have a first dimension of B too.
 std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> topk_svd(TensorList mats, TensorList minus,
                                                                             int64_t k, double tol, int64_t max_passes,
                                                                             bool vectors, int64_t seed) {
   check(!mats.empty(), "mats: expected at least one matrix");
   const SvdSettings settings{k, tol, max_passes, vectors, static_cast<uint64_t>(seed)};
-  TensorList s, u, vh, residual;
-  Tensor passes = new_empty(mats[0], {static_cast<int64_t>(mats.size())}, ScalarType::Long);
-  const auto type_of = [](const Tensor& mat) {
-    return mat.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  };
-  for (const Tensor& mat : mats) {
-    const int64_t kept = vectors ? k : 0;
-    s.push_back(new_empty(mat, {k}, type_of(mat)));
-    residual.push_back(new_empty(mat, {k}, type_of(mat)));
-    u.push_back(new_empty(mat, {mat.sizes()[0], kept}, type_of(mat)));
-    vh.push_back(new_empty(mat, {kept, mat.sizes()[1]}, type_of(mat)));
+  TensorList s, u, vh, residual, matrices, subtrahends;
+  std::vector<Place> places;
+  const int64_t kept = vectors ? k : 0;
+  for (size_t i = 0; i < mats.size(); ++i) {
+    const Tensor& mat = mats[i];
+    const bool single = mat.dim() == 2;
+    const int64_t batch = single ? 1 : mat.sizes()[0], m = mat.sizes()[mat.dim() - 2], n = mat.sizes()[mat.dim() - 1];
+    const ScalarType type = mat.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    s.push_back(single ? new_empty(mat, {k}, type) : new_empty(mat, {batch, k}, type));
+    residual.push_back(torch::stable::empty_like(s.back()));
+    u.push_back(single ? new_empty(mat, {m, kept}, type) : new_empty(mat, {batch, m, kept}, type));
+    vh.push_back(single ? new_empty(mat, {kept, n}, type) : new_empty(mat, {batch, kept, n}, type));
+    for (int64_t b = 0; b < batch; ++b) {
+      places.push_back({i, b});
+      matrices.push_back(single ? mat : torch::stable::select(mat, 0, b));
+      if (!minus.empty()) subtrahends.push_back(single ? minus[i] : torch::stable::select(minus[i], 0, b));
+    }
   }
-  for_each_matrix(mats, minus, [&](int64_t i, const Matrix& a) {
+  Tensor passes = new_empty(mats[0], {static_cast<int64_t>(places.size())}, ScalarType::Long);
+  for_each_matrix(matrices, subtrahends, [&](int64_t i, const Matrix& a) {
     const Svd svd = a.decompose(settings);
+    const auto [entry, index] = places[i];
     const auto write = [&](auto zero) {
       using T = decltype(zero);
-      store<T>(svd.s, k, s[i]);
-      store<T>(svd.bound, k, residual[i]);
+      store(svd.s, k, data_at<T>(s[entry], index * k));
+      store(svd.bound, k, data_at<T>(residual[entry], index * k));
       if (!vectors) return;
-      T* u_out = static_cast<T*>(u[i].mutable_data_ptr());
-      T* vh_out = static_cast<T*>(vh[i].mutable_data_ptr());
+      T* u_out = data_at<T>(u[entry], index * k * svd.u.length);
+      T* vh_out = data_at<T>(vh[entry], index * k * svd.v.length);
       for (int64_t c = 0; c < k; ++c) {
         for (int64_t r = 0; r < svd.u.length; ++r) u_out[r * k + c] = static_cast<T>(svd.u[c][r]);
         for (int64_t r = 0; r < svd.v.length; ++r) vh_out[c * svd.v.length + r] = static_cast<T>(svd.v[c][r]);
       }
     };
-    s[i].scalar_type() == ScalarType::Double ? write(0.0) : write(0.0f);
+    s[entry].scalar_type() == ScalarType::Double ? write(0.0) : write(0.0f);
     static_cast<int64_t*>(passes.mutable_data_ptr())[i] = svd.passes;
   });
   return {s, u, vh, residual, passes};

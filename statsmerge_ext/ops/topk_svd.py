@@ -68,16 +68,17 @@ def topk_svd(
     batched = not isinstance(mats, (list, tuple))
     if batched and as_tensor(mats, "mats").dim() != 3:
         fail("mats", "[B, m, n] or a list of matrices", list(as_tensor(mats, "mats").shape))
-    matrices = [mat.detach() for mat in as_list(mats, "mats")]
-    subtrahends = _subtrahends(minus, matrices)
+    whole = batched and _is_native_batch(as_tensor(mats, "mats"), minus)
+    matrices = [mat.detach() for mat in ([as_tensor(mats, "mats")] if whole else as_list(mats, "mats"))]
+    subtrahends = _subtrahends([minus] if whole and minus is not None else minus, matrices)
     if not isinstance(k, int) or k < 1:
         fail("k", "an integer of at least 1", k)
     for i, mat in enumerate(matrices):
         _check_matrix(mat, f"mats[{i}]", matrices[0].device)
-        if mat.dim() != 2:
+        if mat.dim() != 2 and not whole:
             fail(f"mats[{i}]", "a matrix [m, n]", list(mat.shape))
-        if k > min(mat.shape):
-            fail("k", f"at most {min(mat.shape)}, the smaller dimension of mats[{i}] {list(mat.shape)}", k)
+        if k > min(mat.shape[-2:]):
+            fail("k", f"at most {min(mat.shape[-2:])}, the smaller dimension of mats[{i}] {list(mat.shape[-2:])}", k)
     if not 0 < tol < 1:
         fail("tol", "a number between 0 and 1", tol)
     if max_passes is None:
@@ -92,8 +93,16 @@ def topk_svd(
     )
     result = TopKSVD(s, u if vectors else None, vh if vectors else None, residual, passes)
     if batched:
-        result = TopKSVD(*(torch.stack(part) if isinstance(part, list) else part for part in result))
+        join = (lambda parts: parts[0]) if whole else torch.stack
+        result = TopKSVD(*(join(part) if isinstance(part, list) else part for part in result))
     return same_kind(mats)(result)
+
+
+def _is_native_batch(mats: Tensor, minus: Any) -> bool:
+    """Whether the operator can take a batch as it is: lists of tiny matrices take longer to make than to decompose."""
+    if mats.device.type != "cpu" or mats.shape[0] == 0 or isinstance(minus, (list, tuple)):
+        return False
+    return minus is None or as_tensor(minus, "minus").shape == mats.shape
 
 
 def _check_matrix(mat: Tensor, name: str, device: torch.device) -> None:
@@ -216,9 +225,11 @@ def _fake(
     kept = k if vectors else 0
 
     def empty(*shape: int) -> list[Tensor]:
-        return [mat.new_empty([mat.shape[d] if d < 0 else d for d in shape], dtype=_result_dtype(mat)) for mat in mats]
+        sizes = [[*mat.shape[:-2], *(mat.shape[d] if d < 0 else d for d in shape)] for mat in mats]
+        return [mat.new_empty(size, dtype=_result_dtype(mat)) for mat, size in zip(mats, sizes)]
 
-    return empty(k), empty(-2, kept), empty(kept, -1), empty(k), mats[0].new_empty(len(mats), dtype=torch.int64)
+    count = sum(mat.shape[0] if mat.dim() == 3 else 1 for mat in mats)
+    return empty(k), empty(-2, kept), empty(kept, -1), empty(k), mats[0].new_empty(count, dtype=torch.int64)
 
 
 def _statistics_fake(mats: list[Tensor], minus: list[Tensor], r: int, tol: float, max_passes: int, seed: int) -> Tensor:

@@ -127,6 +127,28 @@ NATIVE_TEST(pseudo_inverses_of_every_kind) {
   }
 }
 
+// Rounded to float, a matrix of low rank has full rank; what is beside its features is left out.
+NATIVE_TEST(pseudo_inverses_leave_out_the_rounding_of_floats) {
+  for (const int64_t n : {70, 150}) {
+    const int64_t rank = n / 2, columns = 5;
+    const Matrix c = gram(normal(rank * n, 9), rank, n);
+    const std::vector<float> rounded(c.begin(), c.end());
+    const auto no_eigenvectors = [n](const std::vector<double>&, int64_t) -> statsmerge::Eigen {
+      CHECK(false, n);
+      return {};
+    };
+    const auto inverse = statsmerge::pseudo_inverse({reinterpret_cast<const char*>(rounded.data()),
+                                                     statsmerge::Storage::f32, n},
+                                                    0.0, static_cast<double>(n) * 0x1p-23, no_eigenvectors, "C");
+    CHECK(inverse->spectrum.rank == rank, n, inverse->spectrum.rank);
+    const Matrix x = normal(n * columns, 10);
+    Matrix once = times(c, x, n, columns);
+    inverse->apply(once.data(), columns, columns);
+    const Matrix image = times(c, once, n, columns), expected = times(c, x, n, columns);
+    CHECK(largest_difference(image, expected) <= 1e-4 * largest_difference(expected, Matrix(expected.size(), 0.0)), n);
+  }
+}
+
 NATIVE_TEST(pseudo_inverses_do_not_depend_on_threads) {
   const int64_t n = 200, columns = 30;
   for (const int64_t rank : {90, 400}) {

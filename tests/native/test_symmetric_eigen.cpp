@@ -27,7 +27,7 @@ void check_eigen(const std::vector<double>& a, int64_t n, double scale) {
       CHECK(std::abs(product - (i == k)) <= allowed, n, product);
     }
   }
-  for (int64_t first : {n - 1, n / 2}) {
+  for (int64_t first : {n - 1, n / 2, n}) {
     const statsmerge::Eigen trailing = statsmerge::symmetric_eigen(a, n, first);
     for (int64_t k = 0; k < n; ++k) {
       CHECK(trailing.values[k] == eigen.values[k]);
@@ -43,6 +43,13 @@ void check_eigen(const std::vector<double>& a, int64_t n, double scale) {
 
 NATIVE_TEST(eigenpairs_of_random_matrices) {
   for (int64_t n : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 40}) check_eigen(symmetric(n, 3), n, 1);
+}
+
+// What a reduction leaves of them is rounding error, again and again, until its squares leave the range.
+NATIVE_TEST(eigenpairs_of_constant_matrices) {
+  for (int64_t n : {2, 13, 20, 32, 60}) {
+    for (double value : {1.0, 0.3}) check_eigen(std::vector<double>(static_cast<size_t>(n * n), value), n, 1);
+  }
 }
 
 NATIVE_TEST(eigenpairs_of_special_matrices) {

@@ -419,6 +419,7 @@ def test_opcheck(opcheck):
     minus = [torch.randn(5, 8), torch.randn(40, 50, dtype=torch.float64)]
     opcheck("topk_svd", mats, [], 2, 1e-3, 100, True, 0)
     opcheck("topk_svd", mats, minus, 2, 1e-3, 100, False, 0)
+    opcheck("topk_svd", [torch.stack([mats[0], mats[0]])], [], 2, 1e-3, 100, True, 0)
     opcheck("weight_statistics", mats, minus, 3, 1e-3, 100, 0)
 
 

@@ -8,8 +8,8 @@ namespace {
 template <class Real>
 struct BlockProductsTable {
   void (*widened[4][5])(const SourceRows&, int64_t, const Real*, int64_t, Real*, Real*);
-  void (*products)(const Real*, const Real*, int64_t, Real*);
-  void (*combine)(const Real*, const Real*, int64_t, Real*, const SourceRows*);
+  void (*products)(const Real*, const Real*, int64_t, int64_t, Real*);
+  void (*combine)(const Real*, const Real*, int64_t, int64_t, Real*, const SourceRows*);
   void (*add_moments)(const Real*, int64_t, double, double, double*);
 };
 
@@ -41,13 +41,14 @@ void BlockProducts<Real>::widened(const SourceRows& source, int64_t n, const Rea
 }
 
 template <class Real>
-void BlockProducts<Real>::products(const Real* rows, const Real* v, int64_t stride, Real* y) {
-  table<Real>().products(rows, v, stride, y);
+void BlockProducts<Real>::products(const Real* rows, const Real* v, int64_t n, int64_t stride, Real* y) {
+  table<Real>().products(rows, v, n, stride, y);
 }
 
 template <class Real>
-void BlockProducts<Real>::combine(const Real* rows, const Real* y, int64_t stride, Real* w, const SourceRows* next) {
-  table<Real>().combine(rows, y, stride, w, next);
+void BlockProducts<Real>::combine(const Real* rows, const Real* y, int64_t n, int64_t stride, Real* w,
+                                  const SourceRows* next) {
+  table<Real>().combine(rows, y, n, stride, w, next);
 }
 
 template <class Real>

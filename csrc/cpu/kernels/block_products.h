@@ -49,11 +49,13 @@ struct BlockProducts {
   // of row r with vector c of v, four vectors `stride` apart.
   static void widened(const SourceRows& source, int64_t n, const Real* v, int64_t stride, Real* tile, Real* y);
 
-  // The same for rows that are Real and padded already.
-  static void products(const Real* rows, const Real* v, int64_t stride, Real* y);
+  // The same for rows that are Real and of n elements with padding.
+  static void products(const Real* rows, const Real* v, int64_t n, int64_t stride, Real* y);
 
-  // w[c] += Σ_r y[4 r + c] rows[r]. Meanwhile the rows that are read next, if they are given, come into the cache.
-  static void combine(const Real* rows, const Real* y, int64_t stride, Real* w, const SourceRows* next = nullptr);
+  // w[c] += Σ_r y[4 r + c] rows[r], of n elements with padding. Meanwhile the rows that are read next, if they are
+  // given, come into the cache.
+  static void combine(const Real* rows, const Real* y, int64_t n, int64_t stride, Real* w,
+                      const SourceRows* next = nullptr);
 
   // Adds the sums of x − origin, (x − origin)² and x² over one row, each value times `scale`.
   static void add_moments(const Real* row, int64_t n, double scale, double origin, double* sums);

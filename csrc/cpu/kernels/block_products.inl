@@ -109,11 +109,11 @@ void widened(const SourceRows& source, int64_t n, const Real* v, int64_t stride,
 }
 
 template <class Real>
-void products(const Real* rows, const Real* v, int64_t stride, Real* y) {
+void products(const Real* rows, const Real* v, int64_t n, int64_t stride, Real* y) {
   for (int64_t first = 0; first < kBlock; first += kTileRows) {
     const Real* tile = rows + first * stride;
     Vector<Real> sums[kTileRows * kBlock] = {};
-    for (int64_t i = 0; i < stride; i += kLanes<Real>) {
+    for (int64_t i = 0; i < n; i += kLanes<Real>) {
       Vector<Real> x[kTileRows];
       for (int64_t r = 0; r < kTileRows; ++r) x[r] = load(tile + r * stride + i);
       add_products(x, v + i, stride, sums);
@@ -123,11 +123,11 @@ void products(const Real* rows, const Real* v, int64_t stride, Real* y) {
 }
 
 template <class Real>
-void combine(const Real* rows, const Real* y, int64_t stride, Real* w, const SourceRows* next) {
+void combine(const Real* rows, const Real* y, int64_t n, int64_t stride, Real* w, const SourceRows* next) {
   const int64_t bytes = next ? bytes_of(next->storage) : 0;
   Vector<Real> factors[kBlock * kBlock];
   for (int64_t i = 0; i < kBlock * kBlock; ++i) factors[i] = broadcast(y[i]);
-  for (int64_t i = 0; i < stride; i += kLanes<Real>) {
+  for (int64_t i = 0; i < n; i += kLanes<Real>) {
     Vector<Real> x[kBlock];
     for (int64_t r = 0; r < kBlock; ++r) x[r] = load(rows + r * stride + i);
     for (int64_t c = 0; c < kBlock; ++c) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 
 #include "cpu/kernels/orthonormalize.h"
 #include "cpu/kernels/svd.h"
@@ -16,7 +17,8 @@ namespace {
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kFloatEps = std::numeric_limits<float>::epsilon();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kBasis = 96;  // Lanczos vectors kept between restarts, unless k needs more
+constexpr double kSettled = 0.02;  // residuals, as a part of the eigenvalue, from which bounds by squares count
+constexpr int64_t kBasis = 96;     // Lanczos vectors kept between restarts, unless k needs more
 
 // Differences of matrices with up to so many elements are formed, one matrix at a time: that reads two matrices once
 // instead of at every pass.
@@ -153,9 +155,10 @@ class Lanczos {
   // Singular values and bounds from the Ritz pairs. An eigenvalue of AᵀA lies within the residual's norm of each Ritz
   // value. Better bounds are quadratic: with E the residuals of j Ritz pairs, beside whose vectors AᵀA is at most μ, its
   // eigenvalue number i is at most that of diag(θ) + EᵀE / (θᵢ − μ) (by Haynsworth's inertia formula, as in Lehmann's
-  // bounds) and at least θᵢ. For μ the next Ritz value and its residual are taken, and of all j from k to 2k the one
-  // that gives most, so that neighbours that are close to each other do no harm. The rounding error of the products is
-  // a part of every residual.
+  // bounds) and at least θᵢ. For μ the next Ritz value and twice its residual are taken, and of all j from k to 2k the
+  // one that gives most, so that neighbours that are close to each other do no harm. As early Ritz values skip some of
+  // a dense spectrum, this counts only where the residuals have become small, beside θ and beside θᵢ − μ. The rounding
+  // error of the products is a part of every residual.
   Progress estimate(Svd& out) {
     const int64_t count = std::min(2 * k_ + 1, filled_);
     const double theta_max = std::max(ritz_.values[0], 0.0);
@@ -170,15 +173,17 @@ class Lanczos {
       norm.push_back(std::sqrt(squares[i * count + i]));
       theta.push_back(ritz_.values[i] > rounding ? ritz_.values[i] : 0.0);
     }
+    const double largest = *std::max_element(norm.begin(), norm.begin() + k_) + rounding;
+    const bool settled = largest <= kSettled * theta[k_ - 1];
     Progress progress{0, true};
     out.s.clear();
     out.bound.clear();
     for (int64_t i = 0; i < k_; ++i) {
       const double sigma = std::sqrt(theta[i]), reach = norm[i] + rounding;
-      double bound = theta[i] > reach ? reach / (sigma + std::sqrt(theta[i] - reach)) : std::sqrt(theta[i] + reach);
-      for (int64_t j = k_; j < count && sigma > 0 && bound > settings_.tol * sigma; ++j) {
-        const double gap = theta[i] - theta[j] - norm[j] - rounding;
-        if (gap <= 0) continue;
+      double bound = theta[i] > reach ? reach / (std::numbers::sqrt2 * sigma) : std::sqrt(theta[i] + reach);
+      for (int64_t j = k_; j < count && settled && sigma > 0 && bound > settings_.tol * sigma; ++j) {
+        const double gap = theta[i] - theta[j] - 2 * norm[j] - rounding;
+        if (gap < 2 * largest) continue;
         std::vector<double> shifted(static_cast<size_t>(j * j));
         for (int64_t a = 0; a < j; ++a) {
           for (int64_t b = 0; b < j; ++b) shifted[a * j + b] = squares[a * count + b] / gap + (a == b ? theta[a] : 0.0);
@@ -216,7 +221,7 @@ class Lanczos {
           for (int64_t j = 0; j < std::min(kBlock, count - c); ++j)
             factors[i * kBlock + j] = all.vectors[(c + j) * filled_ + r + i];
         }
-        BlockProducts<double>::combine(basis_[r], factors, basis_.stride, out[c]);
+        BlockProducts<double>::combine(basis_[r], factors, basis_.stride, basis_.stride, out[c]);
       }
     }
     return out;

@@ -142,11 +142,11 @@ void Products<Real>::normal(const double* v, int64_t count, Rows& w, Moments* mo
         if (b == 0) {
           Blocks::widened(source, a_.columns, vectors, stride, tile, y);
         } else {
-          Blocks::products(tile, vectors + b * block, stride, y);
+          Blocks::products(tile, vectors + b * block, stride, stride, y);
         }
         for (Real& value : y) value *= scale;
         std::fill(y + present * kBlock, y + kBlock * kBlock, Real{0});
-        Blocks::combine(tile, y, stride, sum + b * block, b == 0 ? &next : nullptr);
+        Blocks::combine(tile, y, stride, stride, sum + b * block, b == 0 ? &next : nullptr);
       }
       if (!moments) continue;
       for (int64_t i = 0; i < present; ++i) {
@@ -179,7 +179,7 @@ Rows product(const Operand& a, const Rows& v, int64_t count) {
         if (c == 0) {
           BlockProducts<double>::widened(source_rows(a, r), a.columns, v[0], v.stride, tile.data(), products);
         } else {
-          BlockProducts<double>::products(tile.data(), v[c], v.stride, products);
+          BlockProducts<double>::products(tile.data(), v[c], v.stride, v.stride, products);
         }
         for (int64_t i = 0; i < std::min(kBlock, last - r); ++i) {
           for (int64_t j = 0; j < std::min(kBlock, count - c); ++j)

@@ -4,29 +4,46 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/parallel.h"
 #include "cpu/kernels/vector_ops.h"
 
 namespace statsmerge {
 namespace {
 
 constexpr double kMuch = 0.1;  // of a vector's length: what is left is no longer orthogonal to full precision
+constexpr int64_t kChunk = 512;  // elements of long vectors that a thread takes at a time
 
 double norm(const double* x, int64_t n) { return std::sqrt(dot(x, x, n)); }
 
-// One sweep over the basis, block by block: each is read once.
+// One sweep over the basis: the components along all of it, and then what they make of the block. Long vectors are cut
+// into chunks, whose sums are added in their order.
 void sweep(const Rows& basis, int64_t count, double* block, double* components) {
   using Blocks = BlockProducts<double>;
-  for (int64_t i = 0; i < count; i += kBlock) {
-    alignas(64) double y[kBlock * kBlock];
-    Blocks::products(basis[i], block, basis.stride, y);
-    const int64_t present = std::min(kBlock, count - i) * kBlock;
-    std::fill(y + present, y + kBlock * kBlock, 0.0);
-    for (int64_t j = 0; j < present; ++j) {
-      components[i * kBlock + j] += y[j];
-      y[j] = -y[j];
+  constexpr int64_t square = kBlock * kBlock;
+  const int64_t stride = basis.stride, chunks = (stride + kChunk - 1) / kChunk;
+  const int64_t all = (count + kBlock - 1) / kBlock * square, present = count * kBlock;
+  std::vector<double> sums(static_cast<size_t>(chunks * all));
+  const auto for_chunks = [&](const auto& f) {
+    parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) f(c * kChunk, std::min(kChunk, stride - c * kChunk), sums.data() + c * all);
+    });
+  };
+  for_chunks([&](int64_t first, int64_t n, double* y) {
+    for (int64_t i = 0; i < all; i += square) {
+      Blocks::products(basis[i / kBlock] + first, block + first, n, stride, y + i);
     }
-    Blocks::combine(basis[i], y, basis.stride, block);
+  });
+  for (int64_t j = 0; j < all; ++j) {
+    double sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) sum += sums[c * all + j];
+    sums[j] = j < present ? -sum : 0.0;
+    if (j < present) components[j] += sum;
   }
+  for_chunks([&](int64_t first, int64_t n, double*) {
+    for (int64_t i = 0; i < all; i += square) {
+      Blocks::combine(basis[i / kBlock] + first, sums.data() + i, n, stride, block + first);
+    }
+  });
 }
 
 }  // namespace

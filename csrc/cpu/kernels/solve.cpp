@@ -6,9 +6,9 @@
 //  - The eigenvectors of C.
 // The error of each is a small multiple of eps times the condition number, relative to the norm of the result. A C given
 // in float is of full rank however few the features were: what its rounding put there is no part of the factor. Then
-// C = LLᵀ + E, and the factor serves if its eigenvalues are all kept and E's, by the size of E, are all dropped (Weyl).
-// The result changes by at most about ‖E‖ over the least eigenvalue kept, of which kLeftOut is the limit; as E is
-// rounding error, it usually is a hundredth of that and less.
+// C = LLᵀ + E, and the factor serves if E is no more than rounding to float can be, n·eps of the largest eigenvalue, if
+// the factor's eigenvalues are all kept, and if E's, by the size of E, are all dropped (Weyl). The result changes by at
+// most about ‖E‖ over the least eigenvalue kept, of which kLeftOut is the limit, and usually by a hundredth of it.
 #include "cpu/kernels/solve.h"
 
 #include <algorithm>
@@ -320,8 +320,8 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
   const double rounding = c.storage == Storage::f32 ? std::numeric_limits<float>::epsilon() : kEps;
   const int64_t rank = pivoted_cholesky(matrix, kNoise * rounding * bound, most, order);
   const double left_out = rank < most ? trailing_norm(matrix, rank) : bound;
-  const bool exact = left_out <= static_cast<double>(n) * kEps * bound;
-  if (exact || left_out <= cut) {
+  const bool exact = c.storage != Storage::f32;
+  if (left_out <= static_cast<double>(n) * rounding * bound && (exact || left_out <= cut)) {
     Vectors inner = factor_square(matrix, rank), factor(static_cast<size_t>(n * rank));
     for (int64_t i = 0; i < n; ++i) std::copy_n(matrix.row(i), rank, factor.data() + i * rank);
     Vectors shifted = inner;

@@ -12,6 +12,9 @@ STATSMERGE_INLINE void add_multiple(double factor, const double* x, double* y, i
   for (int64_t j = begin; j < end; j += kLanes<double>) store(y + j, load(y + j) + factors * load(x + j));
 }
 
+// Beside entries of about 1. Of smaller ones the squares would leave the range.
+constexpr double kNegligible = 0x1p-500;
+
 // a becomes tridiagonal with diagonal d and subdiagonal e. Row k of a becomes the vector v of the reflection
 // 1 − beta[k] v vᵀ; `p` is a row of zeros to work in.
 void tridiagonalize(double* a, int64_t n, int64_t stride, double* d, double* e, double* beta, double* p) {
@@ -25,7 +28,7 @@ void tridiagonalize(double* a, int64_t n, int64_t stride, double* d, double* e, 
     e[k] = v[k + 1];
     if (k + 2 == n) break;
     const double norm = __builtin_sqrt(inner(v, v, begin, stride));
-    if (norm == 0) continue;
+    if (norm < kNegligible) continue;
     e[k] = v[k + 1] > 0 ? -norm : norm;
     v[k + 1] -= e[k];
     beta[k] = 2 / inner(v, v, begin, stride);

@@ -12,7 +12,7 @@ STATSMERGE_INLINE void add_multiple(double factor, const double* x, double* y, i
   for (int64_t j = begin; j < end; j += kLanes<double>) store(y + j, load(y + j) + factors * load(x + j));
 }
 
-// Beside entries of about 1. Of smaller ones the squares would leave the range.
+// Beside entries of about 1. The squares of what is smaller would leave the range.
 constexpr double kNegligible = 0x1p-500;
 
 // a becomes tridiagonal with diagonal d and subdiagonal e. Row k of a becomes the vector v of the reflection
@@ -28,7 +28,10 @@ void tridiagonalize(double* a, int64_t n, int64_t stride, double* d, double* e, 
     e[k] = v[k + 1];
     if (k + 2 == n) break;
     const double norm = __builtin_sqrt(inner(v, v, begin, stride));
-    if (norm < kNegligible) continue;
+    if (norm < kNegligible) {
+      e[k] = 0;
+      continue;
+    }
     e[k] = v[k + 1] > 0 ? -norm : norm;
     v[k + 1] -= e[k];
     beta[k] = 2 / inner(v, v, begin, stride);
@@ -64,7 +67,10 @@ bool implicit_ql(int64_t n, double* d, double* e, double* z, int64_t width) {
   for (int64_t l = 0; l < n; ++l) {
     for (int iteration = 0;; ++iteration) {
       int64_t m = l;
-      while (m < n - 1 && !(__builtin_fabs(e[m]) <= 0x1p-52 * (__builtin_fabs(d[m]) + __builtin_fabs(d[m + 1])))) ++m;
+      for (; m < n - 1; ++m) {
+        const double beside = 0x1p-52 * (__builtin_fabs(d[m]) + __builtin_fabs(d[m + 1]));
+        if (__builtin_fabs(e[m]) <= (beside > kNegligible ? beside : kNegligible)) break;
+      }
       if (m == l) break;
       if (iteration == 100) return false;
       double g = (d[l + 1] - d[l]) / (2 * e[l]);
@@ -75,8 +81,9 @@ bool implicit_ql(int64_t n, double* d, double* e, double* z, int64_t width) {
         const double f = s * e[i], b = c * e[i];
         const double r = __builtin_sqrt(f * f + g * g);
         e[i + 1] = r;
-        if (r == 0) {
+        if (r < kNegligible) {
           d[i + 1] -= shift;
+          e[i + 1] = 0;
           e[m] = 0;
           break;
         }

@@ -17,8 +17,9 @@ namespace {
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kFloatEps = std::numeric_limits<float>::epsilon();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kSettled = 0.02;  // residuals, as a part of the eigenvalue, from which bounds by squares count
-constexpr int64_t kBasis = 96;     // Lanczos vectors kept between restarts, unless k needs more
+constexpr double kSettled = 0.02;   // residuals, as a part of the eigenvalue, from which bounds by squares count
+constexpr int64_t kNeighbours = 8;  // Ritz values beyond those asked for that help to bound them
+constexpr int64_t kBasis = 96;      // Lanczos vectors kept between restarts, unless k needs more
 
 // Differences of matrices with up to so many elements are formed, one matrix at a time: that reads two matrices once
 // instead of at every pass.
@@ -154,13 +155,13 @@ class Lanczos {
 
   // Singular values and bounds from the Ritz pairs. An eigenvalue of AᵀA lies within the residual's norm of each Ritz
   // value. Better bounds are quadratic: with E the residuals of j Ritz pairs, beside whose vectors AᵀA is at most μ, its
-  // eigenvalue number i is at most that of diag(θ) + EᵀE / (θᵢ − μ) (by Haynsworth's inertia formula, as in Lehmann's
-  // bounds) and at least θᵢ. For μ the next Ritz value and twice its residual are taken, and of all j from k to 2k the
-  // one that gives most, so that neighbours that are close to each other do no harm. As early Ritz values skip some of
-  // a dense spectrum, this counts only where the residuals have become small, beside θ and beside θᵢ − μ. The rounding
-  // error of the products is a part of every residual.
+  // eigenvalue number i is at most that of diag(θ) + EᵀE / (θ − μ) for any θ from μ to θᵢ (by Haynsworth's inertia
+  // formula, as in Lehmann's bounds) and at least θᵢ. For θ the least Ritz value asked for is taken, for μ the next one
+  // and twice its residual, and of several j from k on the one that gives most, so that neighbours that are close to
+  // each other do no harm. As early Ritz values skip some of a dense spectrum, this counts only where the residuals
+  // have become small, beside θ and beside θ − μ. The rounding error of the products is a part of every residual.
   Progress estimate(Svd& out) {
-    const int64_t count = std::min(2 * k_ + 1, filled_);
+    const int64_t count = std::min(k_ + std::min(k_, kNeighbours) + 1, filled_);
     const double theta_max = std::max(ritz_.values[0], 0.0);
     const double rounding = theta_max * (single_ ? float_rounding_ : static_cast<double>(filled_) * kEps);
     const std::vector<double> rows = residuals(count);
@@ -174,23 +175,25 @@ class Lanczos {
       theta.push_back(ritz_.values[i] > rounding ? ritz_.values[i] : 0.0);
     }
     const double largest = *std::max_element(norm.begin(), norm.begin() + k_) + rounding;
-    const bool settled = largest <= kSettled * theta[k_ - 1];
+    std::vector<double> above(static_cast<size_t>(k_), kInfinity);
+    const bool settled = theta[k_ - 1] > 0 && largest <= kSettled * theta[k_ - 1];
+    for (int64_t j = k_; j < count && settled; ++j) {
+      const double gap = theta[k_ - 1] - theta[j] - 2 * norm[j] - rounding;
+      if (gap < 2 * largest) continue;
+      std::vector<double> shifted(static_cast<size_t>(j * j));
+      for (int64_t a = 0; a < j; ++a) {
+        for (int64_t b = 0; b < j; ++b) shifted[a * j + b] = squares[a * count + b] / gap + (a == b ? theta[a] : 0.0);
+      }
+      const std::vector<double> values = symmetric_eigen(shifted, j, j).values;
+      for (int64_t i = 0; i < k_; ++i) above[i] = std::min(above[i], values[i] + rounding);
+    }
     Progress progress{0, true};
     out.s.clear();
     out.bound.clear();
     for (int64_t i = 0; i < k_; ++i) {
       const double sigma = std::sqrt(theta[i]), reach = norm[i] + rounding;
       double bound = theta[i] > reach ? reach / (std::numbers::sqrt2 * sigma) : std::sqrt(theta[i] + reach);
-      for (int64_t j = k_; j < count && settled && sigma > 0 && bound > settings_.tol * sigma; ++j) {
-        const double gap = theta[i] - theta[j] - 2 * norm[j] - rounding;
-        if (gap < 2 * largest) continue;
-        std::vector<double> shifted(static_cast<size_t>(j * j));
-        for (int64_t a = 0; a < j; ++a) {
-          for (int64_t b = 0; b < j; ++b) shifted[a * j + b] = squares[a * count + b] / gap + (a == b ? theta[a] : 0.0);
-        }
-        const double above = symmetric_eigen(shifted, j, j).values[i] + rounding;
-        bound = std::min(bound, std::max(std::sqrt(above) - sigma, rounding / sigma));
-      }
+      if (settled) bound = std::min(bound, std::max(std::sqrt(above[i]) - sigma, rounding / sigma));
       out.s.push_back(sigma);
       out.bound.push_back(bound);
       const bool null = !single_ && ritz_.values[i] <= 1e-13 * theta_max && norm[i] <= 1e-12 * theta_max;

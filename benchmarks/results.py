@@ -20,6 +20,7 @@ import torch
 from statsmerge_ext.evaluation.comparison import Comparison, compare
 from statsmerge_ext.evaluation.report import format_table, to_json
 from statsmerge_ext.evaluation.suites import get_suite, list_suites
+from statsmerge_ext.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,21 +40,29 @@ def environment() -> dict:
     }
 
 
-def write_tables(comparison: Comparison, facts: dict) -> None:
+def write_table(comparison: Comparison, facts: dict) -> None:
     """Put the table between the markers of its suite in docs/results.md."""
     caption = (
         f"Test accuracy in percent, {comparison.samples} unlabelled calibration samples a task, {comparison.seeds} "
-        f"seeds, ± half the range; seconds are medians on {facts['threads']} thread(s). Measured {facts['date']} at "
-        f"commit {facts['commit']}, torch {facts['torch']}."
+        f"seeds, ± half the range; seconds are medians on {facts['threads']} thread(s). {measured(facts)}"
     )
-    notes = "".join(f"\n\n{note}" for note in comparison.notes)
-    block = f"\n{caption}{notes}\n\n{format_table(comparison)}\n"
-    begin, end = f"<!-- {comparison.suite} -->", f"<!-- /{comparison.suite} -->"
-    text = PAGE.read_text(encoding="utf-8")
-    text, found = re.subn(re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + block + end, text, flags=re.S)
+    put(PAGE, comparison.suite, "\n\n".join([caption, *comparison.notes, format_table(comparison)]))
+
+
+def measured(facts: dict) -> str:
+    """A sentence on when and with what."""
+    return f"Measured {facts['date']} at commit {facts['commit']}, torch {facts['torch']}."
+
+
+def put(page: Path, name: str, block: str) -> None:
+    """Replace what is between the markers of ``name`` in a Markdown page."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = page.read_text(encoding="utf-8")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    text, found = re.subn(pattern, lambda _: f"{begin}\n{block}\n{end}", text, flags=re.S)
     if not found:
-        raise SystemExit(f"{PAGE} has no place for {comparison.suite}: {begin} … {end}")
-    PAGE.write_text(text, encoding="utf-8")
+        raise SystemExit(f"{page} has no place for {name}: {begin} … {end}")
+    page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -62,6 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    keep_freed_memory()
     for name in options.suite or list_suites():
         suite = get_suite(name)
         notes = suite.prepare()
@@ -70,7 +80,7 @@ def main() -> None:
         facts = environment()
         content = {"environment": facts, **to_json(comparison)}
         (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        write_tables(comparison, facts)
+        write_table(comparison, facts)
         print(format_table(comparison), flush=True)
 
 

@@ -240,16 +240,18 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> None:
     from statsmerge_ext.evaluation.report import markdown_table
-    from statsmerge_ext.evaluation.studies import get_study, plot_study, run_study, study_table
+    from statsmerge_ext.evaluation.studies import Records, get_study, plot_study, run_study, study_table
     from statsmerge_ext.evaluation.suites import get_suite
 
     study, suite, progress = get_study(options.study), get_suite(options.suite), not options.quiet
     suite.prepare(progress=progress)
-    out = options.out / f"{study.name}-{suite.name}.json"
-    results = run_study(study, suite, out, seeds=options.seeds, limit=options.limit, progress=progress)
-    plot_study(results, out.with_suffix(".svg"))
+    records = Records(suite, options.out / f"{suite.name}.json", options.limit)
+    cases = run_study(study, records, seeds=options.seeds, progress=progress)
+    header, rows = study_table(cases, records)
+    picture = options.out / f"{study.name}-{suite.name}.svg"
+    plot_study(header, rows, picture, title=study.title, suite=suite.name)
     print(f"{suite.name}: {study.title}; average test accuracy, %")
-    print(markdown_table(*study_table(results)))
+    print(markdown_table(header, rows))
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -21,7 +21,8 @@ from statsmerge_ext.layers import find_layers
 from statsmerge_ext.methods import get_method
 from statsmerge_ext.methods.registry import nearest
 
-#: The rows of a comparison, in order: "method" or "method/variant", as keyed in a suite's hyperparameters.
+#: The rows of a comparison, in order, as keyed in a suite's hyperparameters: "method" or "method/variant"; in "a+b" the
+#: model that a merges is the base that b starts from, so that b weighs what a leaves over.
 ENTRIES = (
     "linear",
     "task_arithmetic",
@@ -29,8 +30,10 @@ ENTRIES = (
     "regmean",
     "stats_merging/task",
     "adamerging",
+    "adamerging/plusplus",
     "stats_merging/layer",
     "lot",
+    "lot+stats_merging",
 )
 CALIBRATION_SAMPLES = 64
 
@@ -90,9 +93,14 @@ def check_entries(entries: Sequence[str], seeds: int) -> None:
     if seeds < 1:
         raise MethodError(f"seeds: expected at least 1, got {seeds}")
     for entry in entries:
-        get_method(entry.partition("/")[0])
-        if "/" in entry and entry not in ENTRIES:
+        needs_of(entry)
+        if ("/" in entry or "+" in entry) and entry not in ENTRIES:
             raise MethodError(f"unknown entry {entry!r}{nearest(entry, ENTRIES)}; known: {', '.join(ENTRIES)}")
+
+
+def needs_of(entry: str) -> frozenset[str]:
+    """What the methods of an entry need beyond the weights. Raises MethodError for an unknown method."""
+    return frozenset().union(*(get_method(step.partition("/")[0]).needs for step in entry.split("+")))
 
 
 def merge_suite(
@@ -106,9 +114,17 @@ def merge_suite(
     seed: int = 0,
     hyperparameters: Mapping[str, object] | None = None,
 ) -> MergeResult:
-    """Merge a suite's experts by ``entry`` with these ``hyperparameters``, by default those chosen for the suite."""
-    method = entry.partition("/")[0]
+    """Merge a suite's experts by ``entry``.
+
+    ``evidence`` is of the suite's own base. ``hyperparameters`` are those of the entry's last method, by default the
+    ones chosen for the suite.
+    """
     base, experts = models
+    first, _, then = entry.rpartition("+")
+    if first:
+        options = {"evidence": evidence, "progress": progress, "seed": seed}
+        base, evidence = merge_suite(suite, first, models, calibration, **options).model, None
+    method = then.partition("/")[0]
     return merge(
         method,
         base=base,
@@ -178,11 +194,11 @@ def compare(
     for seed in range(seeds):
         calibration = calibration_of(suite, samples, seed)
         start = time.perf_counter()
-        needs_grams = any("grams" in get_method(entry.partition("/")[0]).needs for entry in entries)
+        needs_grams = any("grams" in needs_of(entry) for entry in entries)
         evidence = collect_suite_grams(suite, models, calibration) if needs_grams else None
         evidence_seconds = time.perf_counter() - start
         for entry in tqdm(entries, desc=f"{suite.name}, seed {seed}", unit="method", disable=not progress):
-            needs = get_method(entry.partition("/")[0]).needs
+            needs = needs_of(entry)
             if seed and not needs:
                 continue
             start = time.perf_counter()

@@ -1,0 +1,172 @@
+"""What is studied: every study as a list of cases."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from statsmerge_ext.errors import MethodError
+from statsmerge_ext.evaluation.comparison import CALIBRATION_SAMPLES
+from statsmerge_ext.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from statsmerge_ext.evaluation.studies.storage import FORMS
+from statsmerge_ext.evaluation.suites import Suite
+from statsmerge_ext.methods.registry import nearest
+from statsmerge_ext.methods.stats_merging import STATISTICS
+
+DATA_FREE = ("linear", "task_arithmetic", "ties")
+LEARNED = ("adamerging", "stats_merging/task", "stats_merging/layer")
+#: The ceiling that reads labels, the coefficients that a learner predicts for experts it has never seen, and the share
+#: of float32's bytes that stored experts take: what a case can have as its entry beside the methods.
+LABELLED, PREDICTED, BYTES = "labelled", "predicted", "bytes"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One merge and what it is tested on.
+
+    Attributes:
+        row, setting: its place in the study's table: a method, and the value of what changes.
+        entry: what to merge by, as in a comparison, or one of the names above.
+        seed: of the calibration samples and of training.
+        samples: calibration samples a task.
+        left_out: tasks whose experts are not merged; for PREDICTED, whose experts and samples the learner never saw.
+        tested: tasks that count; empty: all.
+        hyperparameters: beside those chosen for the suite.
+        stored: the form in which the experts were stored, one of FORMS.
+        corrupted: kind and severity of the test images' corruption, or None.
+        calibration_corrupted: of the calibration images'.
+    """
+
+    row: str
+    setting: str
+    entry: str
+    seed: int = 0
+    samples: int = CALIBRATION_SAMPLES
+    left_out: tuple[str, ...] = ()
+    tested: tuple[str, ...] = ()
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    stored: str = "float32"
+    corrupted: tuple[str, int] | None = None
+    calibration_corrupted: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named list of cases.
+
+    Attributes:
+        name, title: what it is called, and what its table says it shows.
+        cases: (suite, seeds) -> the cases.
+        seeds: how many are taken unless said otherwise.
+    """
+
+    name: str
+    title: str
+    cases: Callable[[Suite, int], Iterator[Case]]
+    seeds: int = 3
+
+
+def _labels(suite: Suite, seeds: int) -> Iterator[Case]:
+    for seed in range(seeds):
+        for entry in (*LEARNED, LABELLED):
+            yield Case(entry, "average", entry, seed)
+
+
+def _start(suite: Suite, seeds: int) -> Iterator[Case]:
+    for seed in range(seeds):
+        for entry in ("adamerging", "stats_merging/layer", "lot", "lot+adamerging", "lot+stats_merging"):
+            yield Case(entry, "average", entry, seed)
+
+
+def _transfer(suite: Suite, seeds: int) -> Iterator[Case]:
+    """Two experts at a time are new: left out, merged by rule or by predicted coefficients, or learned with the rest."""
+    for seed, pair in itertools.product(range(seeds), itertools.combinations(suite.task_names, 2)):
+        for row, entry, left_out in (
+            ("stats_merging/layer of the other six", "stats_merging/layer", pair),
+            ("linear", "linear", ()),
+            ("task_arithmetic", "task_arithmetic", ()),
+            ("stats_merging/layer, predicted", PREDICTED, pair),
+            ("stats_merging/layer, learned with all", "stats_merging/layer", ()),
+        ):
+            yield Case(row, "the two new tasks", entry, seed, left_out=left_out, tested=pair)
+            yield Case(row, "all tasks", entry, seed, left_out=left_out)
+
+
+def _unseen(suite: Suite, seeds: int) -> Iterator[Case]:
+    for seed, pair in itertools.product(range(seeds), itertools.combinations(suite.task_names, 2)):
+        seen = tuple(name for name in suite.task_names if name not in pair)
+        for entry in (*DATA_FREE, "stats_merging/layer", "regmean", "lot", "adamerging"):
+            for setting, tested in (("six merged tasks", seen), ("two unseen tasks", pair)):
+                yield Case(entry, setting, entry, seed, left_out=pair, tested=tested)
+
+
+def _statistics(suite: Suite, seeds: int) -> Iterator[Case]:
+    chosen = {"all": None} | {f"without {name}": [s for s in STATISTICS if s != name] for name in STATISTICS}
+    for seed, (setting, names) in itertools.product(range(seeds), chosen.items()):
+        for entry in ("stats_merging/task", "stats_merging/layer"):
+            yield Case(entry, setting, entry, seed, hyperparameters={"statistics": names} if names else {})
+
+
+def _samples(suite: Suite, seeds: int) -> Iterator[Case]:
+    for seed, samples in itertools.product(range(seeds), (4, 8, 16, 32, 64)):
+        for entry in ("regmean", "lot", *LEARNED):
+            yield Case(entry, str(samples), entry, seed, samples)
+
+
+def _tasks(suite: Suite, seeds: int) -> Iterator[Case]:
+    """The first two, three, … tasks in an order of each seed's own; only they count."""
+    for seed in range(seeds):
+        order = [suite.task_names[i] for i in np.random.default_rng(seed).permutation(len(suite.task_names))]
+        for count in range(2, len(order) + 1):
+            for entry in (*DATA_FREE, "regmean", "lot", *LEARNED):
+                yield Case(entry, str(count), entry, seed, left_out=tuple(order[count:]), tested=tuple(order[:count]))
+
+
+def _robustness(suite: Suite, seeds: int) -> Iterator[Case]:
+    for seed, entry in itertools.product(range(seeds), ("task_arithmetic", "regmean", "lot", *LEARNED)):
+        yield Case(entry, "clean", entry, seed)
+        for kind, severity in itertools.product(CORRUPTIONS, SEVERITIES):
+            yield Case(entry, kind, entry, seed, corrupted=(kind, severity))
+
+
+def _robust_calibration(suite: Suite, seeds: int) -> Iterator[Case]:
+    for seed, kind in itertools.product(range(seeds), ("clean", *CORRUPTIONS)):
+        corrupted = None if kind == "clean" else (kind, 3)
+        for entry in ("regmean", "lot", "adamerging", "stats_merging/layer"):
+            yield Case(entry, kind, entry, seed, calibration_corrupted=corrupted)
+
+
+def _quantisation(suite: Suite, seeds: int) -> Iterator[Case]:
+    for seed, form in itertools.product(range(seeds), FORMS):
+        yield Case(form, "% of the bytes", BYTES, stored=form)
+        for entry in ("task_arithmetic", "lot", "stats_merging/layer"):
+            yield Case(form, entry, entry, seed, stored=form)
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study("labels", "without labels, and the ceiling: free coefficients trained with true labels", _labels),
+        Study("start", "coefficients of the task vectors, and of what LOT's solution leaves over", _start),
+        Study("transfer", "all experts merged, two of them unknown to the learner; mean over all pairs", _transfer, 1),
+        Study("statistics", "what the learner of StatsMerging sees", _statistics),
+        Study("samples", "calibration samples a task", _samples),
+        Study("tasks", "number of tasks merged, average over these tasks", _tasks),
+        Study("unseen", "six experts merged: their tasks, and the two others'; mean over all pairs", _unseen, 1),
+        Study("robustness", "corrupted test images, mean of five severities", _robustness, 1),
+        Study(
+            "robust_calibration", "corrupted calibration images (severity 3), clean test images", _robust_calibration
+        ),
+        Study("quantisation", "form in which the experts' task vectors are stored", _quantisation, 1),
+    )
+}
+
+
+def get_study(name: str) -> Study:
+    """The study called ``name``. Raises MethodError, with the nearest name, if there is none."""
+    if name not in STUDIES:
+        raise MethodError(f"unknown study {name!r}{nearest(name, STUDIES)}; known: {', '.join(STUDIES)}")
+    return STUDIES[name]

@@ -16,19 +16,29 @@ FORMAT = "statsmerge-learner-1"
 
 
 class StatsMergeLearner(nn.Module):
-    """Two-layer perceptron from features of statistics [..., F] to coefficients [...].
+    """Two-layer perceptron from features of statistics [L, K, F] (or [K, F]) to coefficients [L, K] (or [K]).
 
     Its last layer starts small, so that every coefficient starts near ``init_values``.
+
+    Args:
+        features: F.
+        hidden: width of the hidden layer.
+        init_values: the coefficient to start from.
+        layers: None for one perceptron that all layers share, or L for one a layer.
     """
 
-    def __init__(self, features: int, hidden: int = 256, init_values: float = 0.3) -> None:
+    def __init__(self, features: int, hidden: int = 256, init_values: float = 0.3, layers: int | None = None) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        nn.init.normal_(self.layers[2].weight, std=1e-3 / hidden**0.5)
-        nn.init.constant_(self.layers[2].bias, init_values)
+        copies = () if layers is None else (layers,)
+        bound = features**-0.5  # as torch.nn.Linear starts
+        self.hidden_weight = nn.Parameter(torch.empty(*copies, features, hidden).uniform_(-bound, bound))
+        self.hidden_bias = nn.Parameter(torch.empty(*copies, 1, hidden).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(*copies, hidden, 1).normal_(std=1e-3 / hidden**0.5))
+        self.bias = nn.Parameter(torch.full((*copies, 1, 1), init_values))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).squeeze(-1)
+        hidden = (features @ self.hidden_weight + self.hidden_bias).relu()
+        return (hidden @ self.weight + self.bias).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class FittedLearner:
         granularity: "layer" or "task".
         space: what the coefficients weigh, "task_vectors" or "weights".
         softmax: whether the outputs pass through a softmax over the experts.
+        layers: names of the layers that have a perceptron of their own; None where all share one.
     """
 
     network: StatsMergeLearner
@@ -92,12 +103,18 @@ class FittedLearner:
     granularity: str
     space: str
     softmax: bool
+    layers: list[str] | None = None
 
     def features(self, statistics: WeightStatistics) -> Tensor:
         """What the network sees of models: [L, K, F], or [K, F] for the granularity "task".
 
-        Raises MethodError for statistics of another kind than it was trained on.
+        Raises MethodError for statistics of another kind, or of other layers, than it was trained on.
         """
+        if self.layers is not None and self.layers != statistics.layers:
+            raise MethodError(
+                f"statistics: the learner has a perceptron for each of {len(self.layers)} layers, {self.layers[0]!r} "
+                f"to {self.layers[-1]!r}, and the models have {len(statistics.layers)}; a shared one fits any models"
+            )
         if statistics.of != self.of or statistics.values.shape[-1] != 3 + self.r:
             got = f"{statistics.of!r} with r = {statistics.values.shape[-1] - 3}"
             raise MethodError(f"statistics: the learner expects those of {self.of!r} with r = {self.r}, got {got}")
@@ -110,7 +127,7 @@ class FittedLearner:
 
     def to_json(self) -> str:
         """Everything, as text."""
-        facts = {name: getattr(self, name) for name in ("of", "r", "granularity", "space", "softmax")}
+        facts = {name: getattr(self, name) for name in ("of", "r", "granularity", "space", "softmax", "layers")}
         network = {name: tensor.tolist() for name, tensor in self.network.state_dict().items()}
         content = {"format": FORMAT, **facts, "normalisation": asdict(self.normalisation), "network": network}
         return json.dumps(content) + "\n"
@@ -123,8 +140,8 @@ class FittedLearner:
             if content.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             state = {name: torch.tensor(values) for name, values in content.pop("network").items()}
-            hidden, features = state["layers.0.weight"].shape
-            network = StatsMergeLearner(features, hidden)
+            *copies, features, hidden = state["hidden_weight"].shape
+            network = StatsMergeLearner(features, hidden, layers=copies[0] if copies else None)
             network.load_state_dict(state)
             return cls(network, Normalisation(**content.pop("normalisation")), **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

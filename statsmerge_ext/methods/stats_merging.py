@@ -32,6 +32,7 @@ def stats_merging(
     space: str = "task_vectors",
     r: int = 3,
     statistics: Sequence[str] = STATISTICS,
+    shared: bool = True,
     hidden: int = 256,
     init_values: float | None = None,
     softmax: bool = False,
@@ -48,7 +49,7 @@ def stats_merging(
 ) -> Solution:
     """θ^l = θ_0^l + Σ_k λ_k^l τ_k^l, λ_k^l = learner(statistics of layer l of expert k).
 
-    One learner is shared by all layers and experts. It is trained by distillation: on expert k's unlabelled batches the
+    The learner is trained by distillation: on expert k's unlabelled batches the
     expert with its own head is the teacher and the merged model with the same head the student. Only the learner
     receives gradients, and no label is ever read.
 
@@ -59,7 +60,9 @@ def stats_merging(
             text).
         r: number of singular values.
         statistics: which of "mean", "variance", "norm" and "sigma" the learner sees.
-        hidden: width of the learner.
+        shared: one learner for all layers (the paper's text), or one a layer (its code), which fits the models at hand
+            more closely and can only be applied to others of their architecture.
+        hidden: width of a learner.
         init_values: the λ to start from; None: 0.3 for task vectors and 1 / K for weights.
         softmax: pass the learner's outputs through a softmax over the experts (the paper's code); they then start
             at 1 / K, whatever ``init_values``.
@@ -91,10 +94,11 @@ def stats_merging(
         merged.layers, problem.base, problem.experts, of=of, r=r, progress=problem.progress
     )
     values = collected.values if granularity == "layer" else collected.model_wise()
+    own = None if shared or granularity == "task" else collected.layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(problem.seed)
-        network = StatsMergeLearner(2 * len(columns), hidden, init_values)
-    learner = FittedLearner(network, Normalisation.of(values, columns), of, r, granularity, space, softmax)
+        network = StatsMergeLearner(2 * len(columns), hidden, init_values, len(own) if own else None)
+    learner = FittedLearner(network, Normalisation.of(values, columns), of, r, granularity, space, softmax, own)
     features = learner.features(collected)
     facts = learn_coefficients(
         merged,

@@ -15,7 +15,7 @@ from statsmerge_ext.engine import journal as journals
 from statsmerge_ext.engine.learning import _Run, _split
 from statsmerge_ext.errors import CheckpointError, MethodError
 from statsmerge_ext.evidence import WeightStatistics
-from tests.closed_forms import make_experts
+from tests.closed_forms import fine_tuned, make_experts
 
 
 class Tagger(nn.Module):
@@ -170,9 +170,10 @@ def test_adamerging_plus_plus_merges_elected_entries_only(base):
     torch.testing.assert_close(torch.cat([result.state[n].flatten() for n in state]), expected)
 
 
-def test_a_saved_learner_predicts_for_experts_it_never_saw(base, tmp_path):
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_saved_learner_predicts_for_experts_it_never_saw(base, shared, tmp_path):
     experts = make_experts(base)
-    trained = learn(base, experts)
+    trained = learn(base, experts, shared=shared)
     path = tmp_path / "learner.json"
     path.write_text(trained.learner.to_json())
     again = merge("stats_merging_predict", base=base, experts=experts, learner=path)
@@ -181,6 +182,17 @@ def test_a_saved_learner_predicts_for_experts_it_never_saw(base, tmp_path):
     fewer = dict([*experts.items()][:2])
     predicted = merge("stats_merging_predict", base=base, experts=fewer, learner=trained.learner)
     assert values_of(predicted).shape == (4, 2) and values_of(predicted).isfinite().all()
+
+
+def test_learners_of_their_own_fit_more_closely_and_other_models_not_at_all(base):
+    experts = make_experts(base)
+    shared, own = (learn(base, experts, epochs=30, shared=shared) for shared in (True, False))
+    assert own.learner.layers == own.coefficients["names"] and shared.learner.layers is None
+    assert own.report["training"]["last_loss"] < shared.report["training"]["last_loss"]
+    experts = {"a": fine_tuned(nn.Linear(8, 4), 1), "b": fine_tuned(nn.Linear(8, 4), 2)}
+    with pytest.raises(MethodError, match="a perceptron for each of 4 layers, '0.weight' to '2.bias'"):
+        merge("stats_merging_predict", base=nn.Linear(8, 4), experts=experts, learner=own.learner)
+    assert learn(base, experts=make_experts(base), granularity="task", shared=False).learner.layers is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}', '{"format": "statsmerge-learner-1"}', None])
@@ -202,7 +214,7 @@ def test_a_learner_refuses_statistics_of_another_kind(base):
 
 def test_only_the_chosen_statistics_are_seen(base):
     learner = learn(base, make_experts(base), epochs=1, statistics=["mean", "sigma"]).learner
-    assert learner.network.layers[0].in_features == 2 * 4
+    assert learner.network.hidden_weight.shape[0] == 2 * 4
     values = torch.rand(4, 3, 6).double()
     other = values.clone()
     other[..., 1:3] *= 7

@@ -82,7 +82,7 @@ def _start(suite: Suite, seeds: int) -> Iterator[Case]:
 
 
 def _transfer(suite: Suite, seeds: int) -> Iterator[Case]:
-    """Two experts at a time are new: left out, merged by rule or by predicted coefficients, or learned with the rest."""
+    """Two experts at a time are new: left out, merged by rule, by predicted coefficients, or learned with all."""
     for seed, pair in itertools.product(range(seeds), itertools.combinations(suite.task_names, 2)):
         for row, entry, left_out in (
             ("stats_merging/layer of the other six", "stats_merging/layer", pair),

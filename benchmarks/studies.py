@@ -24,15 +24,15 @@ PLAN = {
         "labels": 3,
         "start": 3,
         "transfer": 1,
-        "statistics": 2,
-        "samples": 2,
         "quantisation": 1,
-        "tasks": 1,
-        "robust_calibration": 1,
+        "statistics": 1,
+        "samples": 1,
         "robustness": 1,
+        "tasks": 1,
         "unseen": 1,
+        "robust_calibration": 1,
     },
-    "text8": {"labels": 3, "start": 3, "samples": 1, "statistics": 1, "quantisation": 1},
+    "text8": {"labels": 3, "start": 3, "quantisation": 1, "statistics": 1, "samples": 1},
 }
 
 

@@ -23,23 +23,27 @@ from statsmerge_ext.evaluation.comparison import (
     collect_suite_grams,
     load_models,
     merge_suite,
+    needs_of,
 )
 from statsmerge_ext.evaluation.run import evaluate_model
 from statsmerge_ext.evaluation.suites import get_suite, list_suites
-from statsmerge_ext.methods import get_method
 
 # Learning is given few epochs, so that all of a demonstration takes minutes on two cores.
-EPOCHS = {"vision8": {"epochs": 12, "lr_step": 10}, "text8": {"epochs": 4, "lr_step": 3}}
-STATS_MERGING = {"of": ["task_vectors"], "lr": [1e-2], "loss": ["cross_entropy", "kl"]}
+EPOCHS = {"vision8": {"epochs": 6, "lr_step": 5}, "text8": {"epochs": 4, "lr_step": 3}}
+STATS_MERGING = {"of": ["task_vectors"], "lr": [5e-3], "loss": ["cross_entropy", "kl"]}
+OWN = {"of": ["task_vectors"], "shared": [False], "hidden": [32], "loss": ["kl"]}
 GRIDS: dict[str, dict[str, list]] = {
     "linear": {},
     "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 0.7]},
     "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
-    "adamerging": {"lr": [1e-2, 3e-2]},
+    "adamerging": {"lr": [1e-2, 5e-2]},
+    "adamerging/plusplus": {"density": [0.2], "lr": [1e-2, 5e-2]},
     "stats_merging/layer": STATS_MERGING,
+    "stats_merging/own": OWN | {"lr": [3e-3, 6e-3, 1e-2]},
     "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
+    "lot+stats_merging": OWN | {"init_values": [0.0], "lr": [1e-3, 3e-3]},
 }
 
 
@@ -53,13 +57,14 @@ def main() -> None:
         suite.prepare()
         models, calibration = load_models(suite), calibration_of(suite)
         entries = options.entry or ENTRIES
-        evidence = collect_suite_grams(suite, models, calibration) if "lot" in entries or "regmean" in entries else None
+        needs_grams = any("grams" in needs_of(entry) for entry in entries)
+        evidence = collect_suite_grams(suite, models, calibration) if needs_grams else None
         for entry in entries:
             grid = GRIDS[entry]
             scores = []
             for values in itertools.product(*grid.values()):
                 setting = dict(zip(grid, values, strict=True))
-                if "batches" in get_method(entry.partition("/")[0]).needs:
+                if "batches" in needs_of(entry):
                     setting |= EPOCHS[name]
                 merged = merge_suite(
                     suite, entry, models, calibration, evidence=evidence, hyperparameters=setting

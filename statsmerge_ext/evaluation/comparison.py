@@ -32,6 +32,7 @@ ENTRIES = (
     "adamerging",
     "adamerging/plusplus",
     "stats_merging/layer",
+    "stats_merging/own",
     "lot",
     "lot+stats_merging",
 )

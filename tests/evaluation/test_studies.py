@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +33,7 @@ FAST = {"epochs": 1}
 @pytest.fixture
 def quick(tiny, monkeypatch):
     """The tiny suite with one epoch for all that learn, and two severities."""
-    entries = ("stats_merging/layer", "stats_merging/task", "adamerging", "lot+stats_merging")
+    entries = ("stats_merging/layer", "stats_merging/own", "stats_merging/task", "adamerging", "lot+stats_merging", "lot+adamerging", "labelled")
     tiny.hyperparameters.update({name: {**tiny.hyperparameters.get(name, {}), **FAST} for name in entries})
     monkeypatch.setattr(cases, "SEVERITIES", (1, 5))
     return tiny
@@ -62,13 +65,13 @@ def test_an_interrupted_study_goes_on(quick, tmp_path, monkeypatch):
         done.append(case)
         return measure(self, case)
 
-    study = get_study("labels")
+    study = get_study("start")
     monkeypatch.setattr(Bench, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, Records(quick, out), seeds=2, progress=False)
     monkeypatch.setattr(Bench, "measure", lambda self, case: (done.append(case), measure(self, case))[1])
     cases = run_study(study, Records(quick, out), seeds=2, progress=False)
-    assert done == cases and len(cases) == 8
+    assert done == cases and len(cases) == 10
     run_study(study, Records(quick, tmp_path / "whole.json"), seeds=2, progress=False)
     assert out.read_text() == (tmp_path / "whole.json").read_text()
 
@@ -95,6 +98,13 @@ def test_models_and_evidence_are_made_once_for_cases_that_share_them(quick, monk
     assert len(grams) == 1 and merges == ["regmean", "lot"]
 
 
+def test_rounds_of_pairs_are_all_pairs_at_last():
+    suite = SimpleNamespace(task_names=tuple("abcdefgh"))
+    assert [len(list(cases._pairs(suite, rounds))) for rounds in (1, 2, 3, 4)] == [8, 16, 24, 28]
+    assert set(cases._pairs(suite, 4)) == set(itertools.combinations("abcdefgh", 2))
+    assert Counter(itertools.chain(*cases._pairs(suite, 1))) == dict.fromkeys("abcdefgh", 2)
+
+
 def test_predictions_are_those_of_the_learner_that_the_left_out_experts_are_unknown_to(quick):
     bench = Bench(Records(quick))
     case = Case("stats_merging/layer", "x", "stats_merging/layer", left_out=("red",))
@@ -117,6 +127,7 @@ def test_records_are_of_what_decides_the_result(quick):
         replace(case, left_out=("red",)),
         replace(case, stored="int4"),
         replace(case, corrupted=("contrast", 1)),
+        replace(case, limit=10),
         replace(case, calibration_corrupted=("contrast", 1)),
         replace(case, hyperparameters={"r": 2}),
         replace(case, entry="stats_merging/task"),
@@ -134,7 +145,7 @@ def test_records_are_of_what_decides_the_result(quick):
 
 
 def test_the_ceiling_reads_labels_and_nothing_else_does(quick):
-    quick.hyperparameters["adamerging"] = {"epochs": 30, "lr": 3e-2}
+    quick.hyperparameters["labelled"] = {"epochs": 30, "lr": 3e-2}
     free = Bench(Records(quick)).result(Case("labelled", "x", "labelled", samples=64))
     training = free.report["training"]
     assert training["last_loss"] < training["first_loss"]

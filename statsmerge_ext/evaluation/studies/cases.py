@@ -17,7 +17,9 @@ from statsmerge_ext.methods.registry import nearest
 from statsmerge_ext.methods.stats_merging import STATISTICS
 
 DATA_FREE = ("linear", "task_arithmetic", "ties")
-LEARNED = ("adamerging", "stats_merging/task", "stats_merging/layer")
+LEARNED = ("adamerging", "stats_merging/layer", "stats_merging/own")
+#: Test examples a task where cases differ in them alone and are many.
+FEW = 128
 #: The ceiling that reads labels, the coefficients that a learner predicts for experts it has never seen, and the share
 #: of float32's bytes that stored experts take: what a case can have as its entry beside the methods.
 LABELLED, PREDICTED, BYTES = "labelled", "predicted", "bytes"
@@ -35,6 +37,7 @@ class Case:
         left_out: tasks whose experts are not merged; for PREDICTED, whose experts and samples the learner never saw.
         tested: tasks that count; empty: all.
         hyperparameters: beside those chosen for the suite.
+        limit: test examples a task; None: all.
         stored: the form in which the experts were stored, one of FORMS.
         corrupted: kind and severity of the test images' corruption, or None.
         calibration_corrupted: of the calibration images'.
@@ -48,6 +51,7 @@ class Case:
     left_out: tuple[str, ...] = ()
     tested: tuple[str, ...] = ()
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    limit: int | None = None
     stored: str = "float32"
     corrupted: tuple[str, int] | None = None
     calibration_corrupted: tuple[str, int] | None = None
@@ -59,7 +63,7 @@ class Study:
 
     Attributes:
         name, title: what it is called, and what its table says it shows.
-        cases: (suite, seeds) -> the cases.
+        cases: (suite, seeds) -> the cases; seeds, or rounds of pairs of tasks.
         seeds: how many are taken unless said otherwise.
     """
 
@@ -71,19 +75,27 @@ class Study:
 
 def _labels(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed in range(seeds):
-        for entry in (*LEARNED, LABELLED):
+        for entry in ("task_arithmetic", "adamerging/plusplus", "stats_merging/task", *LEARNED, LABELLED):
             yield Case(entry, "average", entry, seed)
 
 
 def _start(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed in range(seeds):
-        for entry in ("adamerging", "stats_merging/layer", "lot", "lot+adamerging", "lot+stats_merging"):
+        for entry in ("adamerging", "stats_merging/own", "lot", "lot+adamerging", "lot+stats_merging"):
             yield Case(entry, "average", entry, seed)
 
 
-def _transfer(suite: Suite, seeds: int) -> Iterator[Case]:
+def _pairs(suite: Suite, rounds: int) -> Iterator[tuple[str, str]]:
+    """In each round the pairs of tasks that are one place further apart: every task twice; in half as many rounds as
+    there are tasks, all pairs."""
+    names = suite.task_names
+    apart = (((i + r) % len(names), i) for r in range(1, rounds + 1) for i in range(len(names)))
+    return ((names[i], names[j]) for i, j in dict.fromkeys(tuple(sorted(pair)) for pair in apart))
+
+
+def _transfer(suite: Suite, rounds: int) -> Iterator[Case]:
     """Two experts at a time are new: left out, merged by rule, by predicted coefficients, or learned with all."""
-    for seed, pair in itertools.product(range(seeds), itertools.combinations(suite.task_names, 2)):
+    for pair in _pairs(suite, rounds):
         for row, entry, left_out in (
             ("stats_merging/layer of the other six", "stats_merging/layer", pair),
             ("linear", "linear", ()),
@@ -91,22 +103,22 @@ def _transfer(suite: Suite, seeds: int) -> Iterator[Case]:
             ("stats_merging/layer, predicted", PREDICTED, pair),
             ("stats_merging/layer, learned with all", "stats_merging/layer", ()),
         ):
-            yield Case(row, "the two new tasks", entry, seed, left_out=left_out, tested=pair)
-            yield Case(row, "all tasks", entry, seed, left_out=left_out)
+            yield Case(row, "the two new tasks", entry, left_out=left_out, tested=pair)
+            yield Case(row, "all tasks", entry, left_out=left_out)
 
 
-def _unseen(suite: Suite, seeds: int) -> Iterator[Case]:
-    for seed, pair in itertools.product(range(seeds), itertools.combinations(suite.task_names, 2)):
+def _unseen(suite: Suite, rounds: int) -> Iterator[Case]:
+    for pair in _pairs(suite, rounds):
         seen = tuple(name for name in suite.task_names if name not in pair)
-        for entry in (*DATA_FREE, "stats_merging/layer", "regmean", "lot", "adamerging"):
+        for entry in (*DATA_FREE, "regmean", "lot", *LEARNED):
             for setting, tested in (("six merged tasks", seen), ("two unseen tasks", pair)):
-                yield Case(entry, setting, entry, seed, left_out=pair, tested=tested)
+                yield Case(entry, setting, entry, left_out=pair, tested=tested)
 
 
 def _statistics(suite: Suite, seeds: int) -> Iterator[Case]:
     chosen = {"all": None} | {f"without {name}": [s for s in STATISTICS if s != name] for name in STATISTICS}
     for seed, (setting, names) in itertools.product(range(seeds), chosen.items()):
-        for entry in ("stats_merging/task", "stats_merging/layer"):
+        for entry in ("stats_merging/layer", "stats_merging/own"):
             yield Case(entry, setting, entry, seed, hyperparameters={"statistics": names} if names else {})
 
 
@@ -117,32 +129,32 @@ def _samples(suite: Suite, seeds: int) -> Iterator[Case]:
 
 
 def _tasks(suite: Suite, seeds: int) -> Iterator[Case]:
-    """The first two, three, … tasks in an order of each seed's own; only they count."""
+    """The first two, four, … tasks in an order of each seed's own; only they count."""
     for seed in range(seeds):
         order = [suite.task_names[i] for i in np.random.default_rng(seed).permutation(len(suite.task_names))]
-        for count in range(2, len(order) + 1):
+        for count in range(2, len(order) + 1, 2):
             for entry in (*DATA_FREE, "regmean", "lot", *LEARNED):
                 yield Case(entry, str(count), entry, seed, left_out=tuple(order[count:]), tested=tuple(order[:count]))
 
 
 def _robustness(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed, entry in itertools.product(range(seeds), ("task_arithmetic", "regmean", "lot", *LEARNED)):
-        yield Case(entry, "clean", entry, seed)
+        yield Case(entry, "clean", entry, seed, limit=FEW)
         for kind, severity in itertools.product(CORRUPTIONS, SEVERITIES):
-            yield Case(entry, kind, entry, seed, corrupted=(kind, severity))
+            yield Case(entry, kind, entry, seed, corrupted=(kind, severity), limit=FEW)
 
 
 def _robust_calibration(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed, kind in itertools.product(range(seeds), ("clean", *CORRUPTIONS)):
         corrupted = None if kind == "clean" else (kind, 3)
-        for entry in ("regmean", "lot", "adamerging", "stats_merging/layer"):
+        for entry in ("regmean", "lot", *LEARNED):
             yield Case(entry, kind, entry, seed, calibration_corrupted=corrupted)
 
 
 def _quantisation(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed, form in itertools.product(range(seeds), FORMS):
         yield Case(form, "% of the bytes", BYTES, stored=form)
-        for entry in ("task_arithmetic", "lot", "stats_merging/layer"):
+        for entry in ("task_arithmetic", "lot", "stats_merging/own"):
             yield Case(form, entry, entry, seed, stored=form)
 
 
@@ -151,12 +163,12 @@ STUDIES = {
     for study in (
         Study("labels", "without labels, and the ceiling: free coefficients trained with true labels", _labels),
         Study("start", "coefficients of the task vectors, and of what LOT's solution leaves over", _start),
-        Study("transfer", "all experts merged, two of them unknown to the learner; mean over all pairs", _transfer, 1),
+        Study("transfer", "all experts merged, two of them unknown to the learner; mean over pairs", _transfer, 4),
         Study("statistics", "what the learner of StatsMerging sees", _statistics),
         Study("samples", "calibration samples a task", _samples),
         Study("tasks", "number of tasks merged, average over these tasks", _tasks),
-        Study("unseen", "six experts merged: their tasks, and the two others'; mean over all pairs", _unseen, 1),
-        Study("robustness", "corrupted test images, mean of five severities", _robustness, 1),
+        Study("unseen", "six experts merged: their tasks, and the two others'; mean over pairs", _unseen, 4),
+        Study("robustness", f"corrupted test images ({FEW} a task), mean of five severities", _robustness, 1),
         Study(
             "robust_calibration", "corrupted calibration images (severity 3), clean test images", _robust_calibration
         ),

@@ -22,9 +22,9 @@ from statsmerge_ext.evaluation.studies.storage import store
 from statsmerge_ext.evaluation.suites import Suite
 
 BATCH_SIZE = 16
-#: What "labelled" and "predicted" take their hyperparameters from.
-_SETTINGS_OF = {LABELLED: "adamerging", PREDICTED: "stats_merging/layer"}
 _KEPT_RESULTS = 2
+#: Whose learner predicts coefficients.
+_LEARNER = "stats_merging/layer"
 
 
 class Records:
@@ -33,7 +33,7 @@ class Records:
     Args:
         suite: whose hyperparameters are part of what decides a result.
         path: JSON file; None: keep nothing.
-        limit: test examples a task, for a quicker look; None: all.
+        limit: test examples a task, for a quicker look; None: as the cases say.
     """
 
     def __init__(self, suite: Suite, path: Path | None = None, limit: int | None = None) -> None:
@@ -53,16 +53,20 @@ class Records:
         facts = {"entry": case.entry, "stored": case.stored}
         if case.entry != BYTES:
             facts |= {"left_out": sorted(case.left_out), "hyperparameters": self.hyperparameters(case)}
-            facts |= {"corrupted": case.corrupted, "limit": self.limit}
+            facts |= {"corrupted": case.corrupted, "limit": self.examples(case)}
         if "+" in case.entry:
             facts["start"] = self.suite.hyperparameters.get(case.entry.rpartition("+")[0], {})
         if _looks_at_data(case.entry):
             facts |= {name: getattr(case, name) for name in ("seed", "samples", "calibration_corrupted")}
         return json.dumps(facts, sort_keys=True)
 
+    def examples(self, case: Case) -> int | None:
+        """How many test examples a task are looked at; None: all."""
+        return case.limit if self.limit is None else self.limit
+
     def hyperparameters(self, case: Case) -> dict:
         """All that are not the method's own defaults."""
-        return {**self.suite.hyperparameters.get(_SETTINGS_OF.get(case.entry, case.entry), {}), **case.hyperparameters}
+        return {**self.suite.hyperparameters.get(_LEARNER if case.entry == PREDICTED else case.entry, {}), **case.hyperparameters}
 
     def get(self, case: Case) -> dict[str, float] | None:
         """What a case measures, or None if some of it is missing."""
@@ -112,14 +116,14 @@ class Bench:
         if case.entry == BYTES:
             return {BYTES: store(self._base.state_dict(), self._experts, case.stored)[1]}
         model = self.result(case).model
-        options = {"limit": self._records.limit}
+        options = {"limit": self._records.examples(case)}
         if case.corrupted is not None:
             options["change"] = _corruption(*case.corrupted)
         return {name: evaluate_task(model, self._suite, name, **options) for name in self._records.tested(case)}
 
     def result(self, case: Case) -> MergeResult:
         """The merge of ``case``."""
-        key = self._records.key(replace(case, corrupted=None))
+        key = self._records.key(replace(case, corrupted=None, limit=None))
         if key not in self._results:
             result = self._merge(case)
             self._results = {**dict(list(self._results.items())[1 - _KEPT_RESULTS :]), key: result}
@@ -127,7 +131,7 @@ class Bench:
 
     def _merge(self, case: Case) -> MergeResult:
         if case.entry == PREDICTED:
-            learner = self.result(replace(case, entry="stats_merging/layer")).learner
+            learner = self.result(replace(case, entry=_LEARNER)).learner
             return merge("stats_merging_predict", base=self._base, experts=self._experts, learner=learner)
         experts = {name: state for name, state in self._experts.items() if name not in case.left_out}
         if case.stored != "float32":

@@ -33,7 +33,8 @@ FAST = {"epochs": 1}
 @pytest.fixture
 def quick(tiny, monkeypatch):
     """The tiny suite with one epoch for all that learn, and two severities."""
-    entries = ("stats_merging/layer", "stats_merging/own", "stats_merging/task", "adamerging", "lot+stats_merging", "lot+adamerging", "labelled")
+    learned = ("stats_merging/layer", "stats_merging/own", "stats_merging/task", "adamerging", "adamerging/plusplus")
+    entries = (*learned, "lot+stats_merging", "lot+adamerging", "labelled")
     tiny.hyperparameters.update({name: {**tiny.hyperparameters.get(name, {}), **FAST} for name in entries})
     monkeypatch.setattr(cases, "SEVERITIES", (1, 5))
     return tiny

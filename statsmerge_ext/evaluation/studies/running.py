@@ -66,7 +66,8 @@ class Records:
 
     def hyperparameters(self, case: Case) -> dict:
         """All that are not the method's own defaults."""
-        return {**self.suite.hyperparameters.get(_LEARNER if case.entry == PREDICTED else case.entry, {}), **case.hyperparameters}
+        entry = _LEARNER if case.entry == PREDICTED else case.entry
+        return {**self.suite.hyperparameters.get(entry, {}), **case.hyperparameters}
 
     def get(self, case: Case) -> dict[str, float] | None:
         """What a case measures, or None if some of it is missing."""

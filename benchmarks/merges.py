@@ -12,89 +12,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import target  # noqa: F401  before torch
 import torch
 import torch.nn.functional as F
-from harness import seeded
+from problems import Problem, State, vision8, vit
+from steps import ForwardBackward, OurStep, PlainStep, exact_step, step, steps_in_memory, warmed
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import statsmerge_ext
-from statsmerge_ext.engine.merged_model import LayerWiseMergedModel
-from statsmerge_ext.engine.problem import MergeProblem
-from statsmerge_ext.engine.together import join, samples, take_apart
-from statsmerge_ext.layers import find_layers
 from statsmerge_ext.memory import keep_freed_memory
 
-TASKS = 8
-SAMPLES = 64
-BATCH_SIZE = 32
 SCALING_FACTOR = 1.2
-VIT_SHAPE = {
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
 
-State = Mapping[str, Tensor]
 Grams = dict[str, Tensor]
-
-
-@dataclass
-class Problem:
-    """A base, its experts, and unlabelled batches of each expert's task."""
-
-    model: nn.Module
-    base: State
-    experts: dict[str, State]
-    batches: dict[str, list[Tensor]]
-    forward: Callable[[nn.Module, Tensor], Tensor]
-
-
-# What is merged.
-
-
-def vit(samples: int = SAMPLES) -> Problem:
-    """A vision transformer of ViT-B/32's shape with random weights, experts near it, random images."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = CLIPVisionModel(CLIPVisionConfig(**VIT_SHAPE)).eval()
-    base = {key: value.clone() for key, value in model.state_dict().items()}
-    generator = seeded()
-    experts = {f"task{k}": {key: _moved(value, generator) for key, value in base.items()} for k in range(TASKS)}
-    side = VIT_SHAPE["image_size"]
-    images = torch.randn(TASKS, samples, 3, side, side, generator=generator)
-    batches = {name: list(images[k].split(BATCH_SIZE)) for k, name in enumerate(experts)}
-    return Problem(model, base, experts, batches, lambda model, batch: model(pixel_values=batch).pooler_output)
-
-
-def vision8() -> Problem:
-    """The package's own suite: EfficientNet-Lite0 with depthwise convolutions, eight fine-tuned experts."""
-    from statsmerge_ext.evaluation.comparison import calibration_of, load_models
-    from statsmerge_ext.evaluation.suites import get_suite
-
-    suite = get_suite("vision8")
-    suite.prepare(progress=False)
-    model, experts = load_models(suite)
-    base = {key: value.clone() for key, value in model.state_dict().items()}
-    return Problem(model, base, experts, calibration_of(suite, samples=SAMPLES), suite.forward)
-
-
-def _moved(value: Tensor, generator: torch.Generator) -> Tensor:
-    if not value.is_floating_point():
-        return value.clone()
-    size = 0.2 * float(value.std(correction=0)) or 0.01
-    return torch.empty_like(value).uniform_(-size, size, generator=generator).add_(value)
 
 
 # LOT Merging.
@@ -234,136 +168,18 @@ def output_error(state: State, exact: State) -> float:
     return max(found)
 
 
-# One training step of StatsMerging: the coefficients' gradient.
-
-
-@dataclass
-class Step:
-    """What one step needs beside the models: coefficients [L, K], a frozen head and a target for every sample."""
-
-    problem: Problem
-    coefficients: Tensor
-    head: Tensor
-    targets: Tensor
-
-    def loss(self, k: int, features: Tensor) -> Tensor:
-        return F.cross_entropy(features @ self.head.to(features.dtype), self.targets[k]) / TASKS
-
-
-def step(samples: int) -> Step:
-    problem = vit(samples)
-    width = VIT_SHAPE["hidden_size"]
-    head = torch.randn(width, 100, generator=seeded(1)) / width**0.5
-    targets = torch.randint(100, (TASKS, samples), generator=seeded(2))
-    problem.batches = {name: [torch.cat(batches)] for name, batches in problem.batches.items()}
-    return Step(problem, torch.full((len(find_layers(problem.model)), TASKS), 0.3), head, targets)
-
-
-class OurStep:
-    """Merge once, run all tasks' samples as one batch, contract their gradients with the task vectors once."""
-
-    def __init__(self, step: Step) -> None:
-        problem = step.problem
-        self.step = step
-        self.merged = LayerWiseMergedModel(
-            MergeProblem(
-                layers=find_layers(problem.model),
-                base=problem.base,
-                experts=problem.experts,
-                model=problem.model,
-                forward=problem.forward,
-            )
-        )
-
-    def __call__(self) -> State:
-        coefficients = self.step.coefficients.clone().requires_grad_()
-        self.merged.merge_weights(coefficients)
-        batches = [batch for (batch,) in self.step.problem.batches.values()]
-        features = take_apart(self.merged(join(batches)), [samples(batch) for batch in batches])
-        self.merged.accumulate(sum(self.step.loss(k, part) for k, part in enumerate(features)))
-        self.merged.backward()
-        return {"gradient": coefficients.grad}
-
-
-class PlainStep:
-    """Weights as a function of the coefficients in autograd's own graph, which is walked once a task.
-
-    ``rebuild`` merges anew for every task, as AdaMerging's code does; without it the graph is built once and kept, as
-    FusionBench does.
-    """
-
-    def __init__(self, step: Step, *, rebuild: bool, dtype: torch.dtype = torch.float32) -> None:
-        problem = step.problem
-        self.step, self.rebuild = step, rebuild
-        self.model = problem.model.to(dtype).requires_grad_(False)
-        self.dtype = dtype
-        self.keys = [layer.parameter for layer in find_layers(problem.model)]
-        self.base = {key: problem.base[key].to(dtype) for key in self.keys}
-        self.task_vectors = [
-            {key: state[key].to(dtype) - self.base[key] for key in self.keys} for state in problem.experts.values()
-        ]
-
-    def merge(self, coefficients: Tensor) -> State:
-        return {
-            key: self.base[key] + sum(coefficients[row, k] * t[key] for k, t in enumerate(self.task_vectors))
-            for row, key in enumerate(self.keys)
-        }
-
-    def __call__(self) -> State:
-        coefficients = self.step.coefficients.to(self.dtype, copy=True).requires_grad_()
-        forward = _Forward(self.model, self.step.problem.forward)
-        merged = None if self.rebuild else self.merge(coefficients)
-        for k, (batch,) in enumerate(self.step.problem.batches.values()):
-            weights = self.merge(coefficients) if self.rebuild else merged
-            weights = {f"model.{key}": value for key, value in weights.items()}
-            loss = self.step.loss(k, functional_call(forward, weights, (batch.to(self.dtype),)))
-            loss.backward(retain_graph=not self.rebuild)
-        return {"gradient": coefficients.grad}
-
-
-class _Forward(nn.Module):
-    def __init__(self, model: nn.Module, forward: Callable) -> None:
-        super().__init__()
-        self.model, self.function = model, forward
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.function(self.model, batch)
-
-
-class ForwardBackward:
-    """The floor of a step: the model's own forward and backward passes, weights' gradients included.
-
-    The merged weights are the same for all tasks, so their samples may also go ``together``.
-    """
-
-    def __init__(self, step: Step, *, together: bool) -> None:
-        self.step, self.together = step, together
-        step.problem.model.requires_grad_()
-
-    def __call__(self) -> None:
-        problem = self.step.problem
-        problem.model.zero_grad()
-        batches = [batch for (batch,) in problem.batches.values()]
-        if self.together:
-            features = problem.forward(problem.model, torch.cat(batches)).chunk(TASKS)
-            sum(self.step.loss(k, part) for k, part in enumerate(features)).backward()
-            return
-        for k, batch in enumerate(batches):
-            self.step.loss(k, problem.forward(problem.model, batch)).backward()
-
-
-def _warmed(run: Callable) -> Callable:
-    """A step is one of hundreds, so its first is not the one to time."""
-    run()
-    return run
-
-
 VIT_LAYERS = (
     "encoder.layers.0.mlp.fc1.weight",
     "encoder.layers.6.mlp.fc2.weight",
     "encoder.layers.11.self_attn.q_proj.weight",
 )
 VISION8_LAYERS = ("_conv_stem.weight", "_blocks.1._depthwise_conv.weight", "_blocks.15._project_conv.weight")
+
+
+def _nothing_yet() -> None:
+    """What a process holds without any model: the libraries that all of them need."""
+    import transformers  # noqa: F401
+
 
 #: case -> (its problem, route -> what makes the callable that is timed)
 CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
@@ -386,18 +202,26 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
         },
     ),
     **{
-        f"step_{samples}": (
-            partial(step, samples),
+        f"step_{samples}{'_autocast' * autocast}": (
+            partial(step, samples, autocast),
             {
-                "statsmerge": lambda s: _warmed(OurStep(s)),
-                "graph a task": lambda s: _warmed(PlainStep(s, rebuild=True)),
-                "graph kept": lambda s: _warmed(PlainStep(s, rebuild=False)),
-                "forward + backward": lambda s: _warmed(ForwardBackward(s, together=False)),
-                "the same, tasks together": lambda s: _warmed(ForwardBackward(s, together=True)),
-                "exact": lambda s: PlainStep(s, rebuild=True, dtype=torch.float64),
+                "statsmerge": lambda s: warmed(OurStep(s)),
+                "graph a task": lambda s: warmed(PlainStep(s, rebuild=True)),
+                "graph kept": lambda s: warmed(PlainStep(s, rebuild=False)),
+                "forward + backward": lambda s: warmed(ForwardBackward(s, together=False)),
+                "the same, tasks together": lambda s: warmed(ForwardBackward(s, together=True)),
+                "exact": lambda s: partial(exact_step, s),
             },
         )
         for samples in (1, 4)
+        for autocast in (False, True)
+    },
+    **{
+        f"memory_{storage}": (
+            _nothing_yet,
+            {"statsmerge": lambda _, storage=storage: partial(steps_in_memory, storage)},
+        )
+        for storage in ("full", "bfloat16", "int4")
     },
 }
 

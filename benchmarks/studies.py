@@ -22,17 +22,17 @@ PAGE = ROOT / "docs" / "studies.md"
 PLAN = {
     "vision8": {
         "labels": 3,
-        "start": 3,
+        "start": 1,
         "transfer": 1,
         "quantisation": 1,
         "statistics": 1,
         "samples": 1,
-        "robustness": 1,
         "tasks": 1,
+        "robustness": 1,
         "unseen": 1,
         "robust_calibration": 1,
     },
-    "text8": {"labels": 3, "start": 3, "quantisation": 1, "statistics": 1, "samples": 1},
+    "text8": {"labels": 3, "start": 1, "quantisation": 1, "statistics": 1, "samples": 1},
 }
 
 

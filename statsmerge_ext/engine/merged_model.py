@@ -33,6 +33,7 @@ class LayerWiseMergedModel:
 
     Attributes:
         layers: the L layers that some expert changed, in the order of the coefficients' rows.
+        task_vectors: what the coefficients weigh, as it is stored.
 
     Raises:
         MethodError: no expert differs from the base, or an argument is none of its choices.
@@ -66,7 +67,7 @@ class LayerWiseMergedModel:
                     mine.append(_stored(tensor, storage))
         if not self.layers:
             raise MethodError("experts: all of them equal the base, so there are no coefficients to learn")
-        self._task_vectors = ops.prepare_task_vectors(kept, self._base)
+        self.task_vectors = ops.prepare_task_vectors(kept, self._base)
         problem.model.load_state_dict(dict(problem.base), strict=False)
         problem.model.eval().requires_grad_(False)
         self._runner = _Runner(problem.model, problem.forward)
@@ -79,7 +80,8 @@ class LayerWiseMergedModel:
 
     def merge_weights(self, coefficients: Tensor) -> None:
         """Run with ``coefficients`` [L, K], or [K] for all layers alike, from now on."""
-        self._merged = ops.weighted_merge(self._base, self._task_vectors, coefficients)
+        self._merged, self._leaves = [], []  # what the last step merged and its gradients are given back first
+        self._merged = ops.weighted_merge(self._base, self.task_vectors, coefficients)
         self._leaves = [tensor.detach().requires_grad_() for tensor in self._merged]
 
     def __call__(self, batch: object) -> object:

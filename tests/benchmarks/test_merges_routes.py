@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import merges
+import problems
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(merges, "VIT_SHAPE", TINY)
+    monkeypatch.setattr(problems, "VIT_SHAPE", TINY)
 
 
 @pytest.mark.parametrize("route", ["statsmerge", "plain torch"])

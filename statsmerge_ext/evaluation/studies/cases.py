@@ -16,8 +16,8 @@ from statsmerge_ext.evaluation.suites import Suite
 from statsmerge_ext.methods.registry import nearest
 from statsmerge_ext.methods.stats_merging import STATISTICS
 
-DATA_FREE = ("linear", "task_arithmetic", "ties")
-LEARNED = ("adamerging", "stats_merging/layer", "stats_merging/own")
+#: The methods that most studies look at: the strongest of their kinds, a rule and three that see data.
+COMPARED = ("task_arithmetic", "adamerging", "stats_merging/own", "lot")
 #: Test examples a task where cases differ in them alone and are many.
 FEW = 128
 #: The ceiling that reads labels, the coefficients that a learner predicts for experts it has never seen, and the share
@@ -75,8 +75,15 @@ class Study:
 
 def _labels(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed in range(seeds):
-        for entry in ("task_arithmetic", "adamerging/plusplus", "stats_merging/task", *LEARNED, LABELLED):
+        for entry in (
+            "adamerging",
+            "adamerging/plusplus",
+            "stats_merging/task",
+            "stats_merging/layer",
+            "stats_merging/own",
+        ):
             yield Case(entry, "average", entry, seed)
+        yield Case("free coefficients, true labels", "average", LABELLED, seed)
 
 
 def _start(suite: Suite, seeds: int) -> Iterator[Case]:
@@ -110,21 +117,21 @@ def _transfer(suite: Suite, rounds: int) -> Iterator[Case]:
 def _unseen(suite: Suite, rounds: int) -> Iterator[Case]:
     for pair in _pairs(suite, rounds):
         seen = tuple(name for name in suite.task_names if name not in pair)
-        for entry in (*DATA_FREE, "regmean", "lot", *LEARNED):
+        for entry in ("linear", *COMPARED):
             for setting, tested in (("six merged tasks", seen), ("two unseen tasks", pair)):
                 yield Case(entry, setting, entry, left_out=pair, tested=tested)
 
 
 def _statistics(suite: Suite, seeds: int) -> Iterator[Case]:
+    entry = "stats_merging/layer"
     chosen = {"all": None} | {f"without {name}": [s for s in STATISTICS if s != name] for name in STATISTICS}
     for seed, (setting, names) in itertools.product(range(seeds), chosen.items()):
-        for entry in ("stats_merging/layer", "stats_merging/own"):
-            yield Case(entry, setting, entry, seed, hyperparameters={"statistics": names} if names else {})
+        yield Case(setting, "average", entry, seed, hyperparameters={"statistics": names} if names else {})
 
 
 def _samples(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed, samples in itertools.product(range(seeds), (4, 8, 16, 32, 64)):
-        for entry in ("regmean", "lot", *LEARNED):
+        for entry in ("adamerging", "stats_merging/own", "regmean", "lot"):
             yield Case(entry, str(samples), entry, seed, samples)
 
 
@@ -133,12 +140,12 @@ def _tasks(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed in range(seeds):
         order = [suite.task_names[i] for i in np.random.default_rng(seed).permutation(len(suite.task_names))]
         for count in range(2, len(order) + 1, 2):
-            for entry in (*DATA_FREE, "regmean", "lot", *LEARNED):
+            for entry in ("linear", *COMPARED):
                 yield Case(entry, str(count), entry, seed, left_out=tuple(order[count:]), tested=tuple(order[:count]))
 
 
 def _robustness(suite: Suite, seeds: int) -> Iterator[Case]:
-    for seed, entry in itertools.product(range(seeds), ("task_arithmetic", "regmean", "lot", *LEARNED)):
+    for seed, entry in itertools.product(range(seeds), COMPARED):
         yield Case(entry, "clean", entry, seed, limit=FEW)
         for kind, severity in itertools.product(CORRUPTIONS, SEVERITIES):
             yield Case(entry, kind, entry, seed, corrupted=(kind, severity), limit=FEW)
@@ -147,14 +154,14 @@ def _robustness(suite: Suite, seeds: int) -> Iterator[Case]:
 def _robust_calibration(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed, kind in itertools.product(range(seeds), ("clean", *CORRUPTIONS)):
         corrupted = None if kind == "clean" else (kind, 3)
-        for entry in ("regmean", "lot", *LEARNED):
+        for entry in COMPARED[1:]:
             yield Case(entry, kind, entry, seed, calibration_corrupted=corrupted)
 
 
 def _quantisation(suite: Suite, seeds: int) -> Iterator[Case]:
     for seed, form in itertools.product(range(seeds), FORMS):
         yield Case(form, "% of the bytes", BYTES, stored=form)
-        for entry in ("task_arithmetic", "lot", "stats_merging/own"):
+        for entry in ("task_arithmetic", "lot"):
             yield Case(form, entry, entry, seed, stored=form)
 
 

@@ -1,0 +1,236 @@
+"""One training step of StatsMerging, the coefficients' gradient, by every route; and what steps take in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import problems
+import torch
+import torch.nn.functional as F
+from harness import seeded
+from problems import TASKS, Problem, State
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from statsmerge_ext.engine.merged_model import LayerWiseMergedModel
+from statsmerge_ext.engine.problem import MergeProblem
+from statsmerge_ext.engine.together import join, samples, take_apart
+from statsmerge_ext.layers import find_layers
+from statsmerge_ext.ops import QuantizedTensor
+
+COEFFICIENT = 0.3
+
+
+@dataclass
+class Step:
+    """What one step needs beside the models: coefficients [L, K], a frozen head and a target for every sample.
+
+    With ``autocast`` the model runs in bfloat16 where torch.autocast does; weights and gradients stay float32.
+    """
+
+    problem: Problem
+    coefficients: Tensor
+    head: Tensor
+    targets: Tensor
+    autocast: bool
+
+    def loss(self, k: int, features: Tensor) -> Tensor:
+        return F.cross_entropy(features @ self.head.to(features.dtype), self.targets[k]) / TASKS
+
+    def context(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
+
+    def batches(self) -> list[Tensor]:
+        return [batch for (batch,) in self.problem.batches.values()]
+
+
+def step(samples: int, autocast: bool = False) -> Step:
+    problem = problems.vit(samples)
+    width = problems.VIT_SHAPE["hidden_size"]
+    head = torch.randn(width, 100, generator=seeded(1)) / width**0.5
+    targets = torch.randint(100, (TASKS, samples), generator=seeded(2))
+    problem.batches = {name: [torch.cat(batches)] for name, batches in problem.batches.items()}
+    coefficients = torch.full((len(find_layers(problem.model)), TASKS), COEFFICIENT)
+    return Step(problem, coefficients, head, targets, autocast)
+
+
+class OurStep:
+    """Merge once, run all tasks' samples as one batch, contract their gradients with the task vectors once."""
+
+    def __init__(self, step: Step) -> None:
+        problem = step.problem
+        self.step = step
+        self.merged = LayerWiseMergedModel(
+            MergeProblem(
+                layers=find_layers(problem.model),
+                base=problem.base,
+                experts=problem.experts,
+                model=problem.model,
+                forward=problem.forward,
+            )
+        )
+
+    def __call__(self) -> State:
+        coefficients = self.step.coefficients.clone().requires_grad_()
+        self.merged.merge_weights(coefficients)
+        batches = self.step.batches()
+        with self.step.context():
+            features = take_apart(self.merged(join(batches)), [samples(batch) for batch in batches])
+            loss = sum(self.step.loss(k, part) for k, part in enumerate(features))
+        self.merged.accumulate(loss)
+        self.merged.backward()
+        return {"gradient": coefficients.grad}
+
+
+class PlainStep:
+    """Weights as a function of the coefficients in autograd's own graph, which is walked once a task.
+
+    ``rebuild`` merges anew for every task, as AdaMerging's code does; without it the graph is built once and kept, as
+    FusionBench does.
+    """
+
+    def __init__(self, step: Step, *, rebuild: bool) -> None:
+        problem = step.problem
+        self.step, self.rebuild = step, rebuild
+        self.model = problem.model.requires_grad_(False)
+        self.keys = [layer.parameter for layer in find_layers(problem.model)]
+        self.base = problem.base
+        self.task_vectors = [
+            {key: state[key] - self.base[key] for key in self.keys} for state in problem.experts.values()
+        ]
+
+    def merge(self, coefficients: Tensor) -> State:
+        return {
+            key: self.base[key] + sum(coefficients[row, k] * t[key] for k, t in enumerate(self.task_vectors))
+            for row, key in enumerate(self.keys)
+        }
+
+    def __call__(self) -> State:
+        coefficients = self.step.coefficients.clone().requires_grad_()
+        forward = _Forward(self.model, self.step.problem.forward)
+        merged = None if self.rebuild else self.merge(coefficients)
+        for k, batch in enumerate(self.step.batches()):
+            weights = self.merge(coefficients) if self.rebuild else merged
+            weights = {f"model.{key}": value for key, value in weights.items()}
+            with self.step.context():
+                loss = self.step.loss(k, functional_call(forward, weights, (batch,)))
+            loss.backward(retain_graph=not self.rebuild)
+        return {"gradient": coefficients.grad}
+
+
+class _Forward(nn.Module):
+    def __init__(self, model: nn.Module, forward: Callable) -> None:
+        super().__init__()
+        self.model, self.function = model, forward
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.function(self.model, batch)
+
+
+class ForwardBackward:
+    """The floor of a step: the model's own forward and backward passes, weights' gradients included.
+
+    The merged weights are the same for all tasks, so their samples may also go ``together``.
+    """
+
+    def __init__(self, step: Step, *, together: bool) -> None:
+        self.step, self.together = step, together
+        step.problem.model.requires_grad_()
+
+    def __call__(self) -> None:
+        problem = self.step.problem
+        problem.model.zero_grad()
+        batches = self.step.batches()
+        if self.together:
+            with self.step.context():
+                features = problem.forward(problem.model, torch.cat(batches)).chunk(TASKS)
+                loss = sum(self.step.loss(k, part) for k, part in enumerate(features))
+            loss.backward()
+            return
+        for k, batch in enumerate(batches):
+            with self.step.context():
+                loss = self.step.loss(k, problem.forward(problem.model, batch))
+            loss.backward()
+
+
+def exact_step(step: Step) -> State:
+    """The gradient in float64 by the chain rule: dL/dW of every layer, then ⟨dL/dW, τ_k⟩ for one task vector a time.
+
+    So that it fits the memory of a small machine, no graph reaches over the merge and no task vector is kept.
+    """
+    problem = step.problem
+    model = problem.model.double().requires_grad_()
+    layers = find_layers(model)
+
+    def task_vectors(key: str) -> Iterator[Tensor]:
+        return (state[key].double() - problem.base[key].double() for state in problem.experts.values())
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for row, layer in enumerate(layers):
+            merged = problem.base[layer.parameter].double()
+            for k, task_vector in enumerate(task_vectors(layer.parameter)):
+                merged += step.coefficients[row, k].double() * task_vector
+            parameters[layer.parameter].copy_(merged)
+    for k, batch in enumerate(step.batches()):
+        step.loss(k, problem.forward(model, batch.double())).backward()
+    rows = [
+        [(parameters[layer.parameter].grad * t).sum() for t in task_vectors(layer.parameter)]
+        if parameters[layer.parameter].grad is not None
+        else [torch.zeros((), dtype=torch.float64)] * TASKS
+        for layer in layers
+    ]
+    return {"gradient": torch.stack([torch.stack(row) for row in rows])}
+
+
+def warmed(run: Callable) -> Callable:
+    """A step is one of hundreds, so its first is not the one to time."""
+    run()
+    return run
+
+
+class _Experts(Mapping):
+    """The state dict of an expert whose tensors are made when they are asked for, as if read from a file."""
+
+    def __init__(self, base: State, seed: int) -> None:
+        self._base = base
+        self._seeds = {key: 1000 * seed + place for place, key in enumerate(base)}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return problems.moved(self._base[key], seeded(self._seeds[key]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def steps_in_memory(storage: str) -> dict[str, int]:
+    """Two steps at K = 8 with one sample a task, run in groups of two, on task vectors stored as ``storage`` says.
+
+    Returns the bytes that cannot be done without: base, merged weights, their gradient, and stored task vectors.
+    """
+    model = problems.vit_model()
+    base = model.state_dict()  # its tensors are the model's own
+    experts = {f"task{k}": _Experts(base, k) for k in range(TASKS)}
+    merged = LayerWiseMergedModel(
+        MergeProblem(find_layers(model), base, experts, model=model, forward=problems.vit_forward), storage=storage
+    )
+    side = problems.VIT_SHAPE["image_size"]
+    batches = torch.randn(TASKS, 3, side, side, generator=seeded())
+    for _ in range(2):
+        coefficients = torch.full((len(merged.layers), TASKS), COEFFICIENT, requires_grad=True)
+        merged.merge_weights(coefficients)
+        for batch in batches.split(2):
+            merged.accumulate(merged(batch).square().sum())
+        merged.backward()
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    stored = sum(_bytes(tensor) for of_expert in merged.task_vectors for tensor in of_expert)
+    return {"bytes": 3 * weights + stored}
+
+
+def _bytes(tensor: Tensor | QuantizedTensor) -> int:
+    parts = (tensor.codes, tensor.scale, tensor.zero_point) if isinstance(tensor, QuantizedTensor) else (tensor,)
+    return sum(part.nbytes for part in parts)

@@ -120,7 +120,7 @@ def test_step(case, tmp_path, samples, autocast):
 
 @pytest.mark.parametrize("storage", ["full", "bfloat16", "int4"])
 def test_memory_of_a_step(benchmark, tmp_path, storage):
-    """Base + merged weights + gradient + stored task vectors + 10 %; activations are small with two samples at a time."""
+    """At most base, merged weights, gradient, stored task vectors and 10 %: two samples at a time fit into those."""
     child = Child(f"memory_{storage}", OURS, tmp_path)
     child.start()
     benchmark.pedantic(child.run)

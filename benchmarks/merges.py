@@ -19,8 +19,8 @@ from functools import partial
 import target  # noqa: F401  before torch
 import torch
 import torch.nn.functional as F
-from problems import Problem, State, vision8, vit
-from steps import ForwardBackward, OurStep, PlainStep, exact_step, step, steps_in_memory, warmed
+from problems import Problem, State, resident, vision8, vit
+from steps import ForwardBackward, OurStep, PlainStep, StepsInMemory, exact_step, step, warmed
 from torch import Tensor, nn
 
 import statsmerge_ext
@@ -176,11 +176,6 @@ VIT_LAYERS = (
 VISION8_LAYERS = ("_conv_stem.weight", "_blocks.1._depthwise_conv.weight", "_blocks.15._project_conv.weight")
 
 
-def _nothing_yet() -> None:
-    """What a process holds without any model: the libraries that all of them need."""
-    import transformers  # noqa: F401
-
-
 #: case -> (its problem, route -> what makes the callable that is timed)
 CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "lot_vit": (
@@ -218,18 +213,12 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
     },
     **{
         f"memory_{storage}": (
-            _nothing_yet,
-            {"statsmerge": lambda _, storage=storage: partial(steps_in_memory, storage)},
+            partial(StepsInMemory, storage),
+            {"statsmerge": lambda steps: steps},
         )
-        for storage in ("full", "bfloat16", "int4")
+        for storage in ("full", "bfloat16", "int8", "int4")
     },
 }
-
-
-def resident(field: str) -> int:
-    """``field`` of this process's status in bytes: "VmRSS" is held now, "VmHWM" the most since it was reset."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
 
 def reset_peak() -> None:

@@ -35,12 +35,13 @@ class Problem:
     forward: Callable[[nn.Module, Tensor], Tensor]
 
 
-def vit_model() -> nn.Module:
+def vit_model(**changes: int) -> nn.Module:
+    """A vision transformer of ViT-B/32's shape, but for ``changes``, with random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return CLIPVisionModel(CLIPVisionConfig(**VIT_SHAPE)).eval()
+        return CLIPVisionModel(CLIPVisionConfig(**{**VIT_SHAPE, **changes})).eval()
 
 
 def vit_forward(model: nn.Module, batch: Tensor) -> Tensor:
@@ -76,3 +77,9 @@ def moved(value: Tensor, generator: torch.Generator) -> Tensor:
         return value.clone()
     size = 0.2 * float(value.std(correction=0)) or 0.01
     return torch.empty_like(value).uniform_(-size, size, generator=generator).add_(value)
+
+
+def resident(field: str) -> int:
+    """``field`` of this process's status in bytes: "VmRSS" is held now, "VmHWM" the most since it was reset."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ class OurStep:
                 forward=problem.forward,
             )
         )
+        problem.experts.clear()  # the task vectors are all that a step needs
 
     def __call__(self) -> State:
         coefficients = self.step.coefficients.clone().requires_grad_()
@@ -99,6 +101,7 @@ class PlainStep:
         self.task_vectors = [
             {key: state[key] - self.base[key] for key in self.keys} for state in problem.experts.values()
         ]
+        problem.experts.clear()
 
     def merge(self, coefficients: Tensor) -> State:
         return {
@@ -207,28 +210,46 @@ class _Experts(Mapping):
         return len(self._base)
 
 
-def steps_in_memory(storage: str) -> dict[str, int]:
-    """Two steps at K = 8 with one sample a task, run in groups of two, on task vectors stored as ``storage`` says.
+class StepsInMemory:
+    """Two steps at K = 8, one sample a task, on task vectors stored as ``storage`` says.
 
-    Returns the bytes that cannot be done without: base, merged weights, their gradient, and stored task vectors.
+    What the process holds before any model, once all libraries have done what they do the first time, is ``held``.
     """
-    model = problems.vit_model()
-    base = model.state_dict()  # its tensors are the model's own
-    experts = {f"task{k}": _Experts(base, k) for k in range(TASKS)}
-    merged = LayerWiseMergedModel(
-        MergeProblem(find_layers(model), base, experts, model=model, forward=problems.vit_forward), storage=storage
-    )
-    side = problems.VIT_SHAPE["image_size"]
-    batches = torch.randn(TASKS, 3, side, side, generator=seeded())
-    for _ in range(2):
-        coefficients = torch.full((len(merged.layers), TASKS), COEFFICIENT, requires_grad=True)
-        merged.merge_weights(coefficients)
-        for batch in batches.split(2):
-            merged.accumulate(merged(batch).square().sum())
-        merged.backward()
-    weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    stored = sum(_bytes(tensor) for of_expert in merged.task_vectors for tensor in of_expert)
-    return {"bytes": 3 * weights + stored}
+
+    def __init__(self, storage: str) -> None:
+        tiny = problems.vit_model(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+        problems.vit_forward(tiny, self._images(1)).square().sum().backward()
+        del tiny
+        self.held = _resident_after_trimming()
+        model = problems.vit_model()
+        base = model.state_dict()  # its tensors are the model's own
+        experts = {f"task{k}": _Experts(base, k) for k in range(TASKS)}
+        problem = MergeProblem(find_layers(model), base, experts, model=model, forward=problems.vit_forward)
+        self.merged = LayerWiseMergedModel(problem, storage=storage)
+        self.weights = sum(4 * parameter.numel() for parameter in model.parameters())
+        _resident_after_trimming()
+
+    def __call__(self) -> dict[str, int]:
+        """Returns ``held`` and the bytes that cannot be done without: base, merged weights, gradient, task vectors."""
+        for _ in range(2):
+            coefficients = torch.full((len(self.merged.layers), TASKS), COEFFICIENT, requires_grad=True)
+            self.merged.merge_weights(coefficients)
+            for batch in self._images(TASKS).split(1):
+                self.merged.accumulate(self.merged(batch).square().sum())
+            self.merged.backward()
+        stored = sum(_bytes(tensor) for of_expert in self.merged.task_vectors for tensor in of_expert)
+        return {"held": self.held, "bytes": 3 * self.weights + stored}
+
+    @staticmethod
+    def _images(count: int) -> Tensor:
+        side = problems.VIT_SHAPE["image_size"]
+        return torch.randn(count, 3, side, side, generator=seeded())
+
+
+def _resident_after_trimming() -> int:
+    """Bytes held, without what was freed and is kept for later: building takes many a temporary that steps do not."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return problems.resident("VmRSS")
 
 
 def _bytes(tensor: Tensor | QuantizedTensor) -> int:

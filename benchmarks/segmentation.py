@@ -29,10 +29,10 @@ from statsmerge_ext.evaluation.datasets import PackageStore, Split, SplitSizes, 
 from statsmerge_ext.evaluation.report import markdown_table
 from statsmerge_ext.memory import keep_freed_memory
 
-SIDE, OBJECT = 48, 24
+SIDE, OBJECT = 40, 24
 SIZES = SplitSizes(train=2000, validation=300, test=500)
 BASE, TASKS = glyphs.thai, (images.mnist, images.fashion, images.animal)
-SEEDS, EPOCHS, BATCH_SIZE, LR = 3, 6, 32, 2e-3
+SEEDS, EPOCHS, BATCH_SIZE, LR = 2, 6, 16, 4e-3
 START = 0.5
 
 Scenes = tuple[Tensor, Tensor]  # float32 [N, 3, SIDE, SIDE] and int64 [N, SIDE, SIDE], 0 for the background
@@ -41,7 +41,7 @@ Scenes = tuple[Tensor, Tensor]  # float32 [N, 3, SIDE, SIDE] and int64 [N, SIDE,
 class Pyramid(nn.Module):
     """Three stages of convolutions, their features added up from coarse to fine, [N, 32, SIDE / 2, SIDE / 2]."""
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96), out: int = 32) -> None:
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64), out: int = 32) -> None:
         super().__init__()
         self.stages, self.laterals = nn.ModuleList(), nn.ModuleList()
         before = 3

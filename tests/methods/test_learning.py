@@ -124,10 +124,84 @@ def test_a_diverging_run_stops_with_the_last_good_coefficients(base):
     torch.testing.assert_close(values_of(result), values_of(start))
 
 
-def test_one_expert_with_one_sample(base):
-    expert = {"a": make_experts(base)["a"]}
-    result = merge("stats_merging", base=base, experts=expert, calibration={"a": [torch.randn(1, 8)]}, epochs=2)
-    assert values_of(result).isfinite().all()
+@pytest.mark.parametrize("method", ["stats_merging", "adamerging"])
+@pytest.mark.parametrize("options", [{}, {"granularity": "task"}, {"holdout": 0.5}])
+def test_one_expert_with_one_sample_and_one_among_others(base, method, options):
+    experts = make_experts(base)
+    first = next(iter(experts))
+    alone = {first: [torch.randn(1, 8, generator=torch.Generator().manual_seed(0))]}
+    options = {"epochs": 2, "lr": 1e-2, **options}
+    one = merge(method, base=base, experts={first: experts[first]}, calibration=alone, **options)
+    among = merge(method, base=base, experts=experts, calibration=calibration(experts) | alone, **options)
+    for result, count in ((one, 1), (among, len(experts))):
+        assert values_of(result).shape == (4, count) and values_of(result).isfinite().all()
+        assert not torch.equal(values_of(result), torch.full_like(values_of(result), 0.3))
+
+
+@pytest.mark.parametrize("method", ["stats_merging", "adamerging"])
+def test_what_another_merge_leaves_over_is_weighed_from_there(base, method):
+    """The result of one merge is the base of the next: θ = θ_1 + Σ λ_k (θ_k − θ_1), and λ = 0 gives θ_1 back."""
+    experts = make_experts(base)
+    first = merge("linear", base=base, experts=experts)
+    clamp = {"clamp_weights": False} if method == "adamerging" else {}
+    still = learn(first.model, experts, method, init_values=0.0, epochs=1, lr=1e-30, **clamp)
+    for name, tensor in still.state.items():
+        torch.testing.assert_close(tensor, first.state[name], rtol=0, atol=1e-3)
+    result = learn(first.model, experts, method, init_values=0.0, epochs=20, **clamp)
+    training = result.report["training"]
+    assert training["last_loss"] < training["first_loss"]
+    for row, name in zip(values_of(result), result.coefficients["names"], strict=True):
+        start = first.state[name].double()
+        left = [expert.state_dict()[name].double() - start for expert in experts.values()]
+        expected = start + sum(value * tensor for value, tensor in zip(row, left, strict=True))
+        torch.testing.assert_close(result.state[name].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Tied(nn.Module):
+    """Logits a token [N, T, 12] by the embedding that read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.mix = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 12, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, input_ids):
+        return self.out(torch.tanh(self.mix(self.embed(input_ids))))
+
+
+def test_tied_weights_have_one_coefficient_and_both_their_gradients():
+    torch.manual_seed(0)
+    base = Tied().eval()
+    experts = make_experts(base)
+    ids = torch.randint(12, (5, 6), generator=torch.Generator().manual_seed(1))
+    batches = dict.fromkeys(experts, [{"input_ids": ids}])
+    result = merge("adamerging", base=base, experts=experts, calibration=batches, epochs=1, lr=1e-2)
+    assert result.coefficients["names"] == ["embed.weight", "mix.weight", "mix.bias"]
+    assert torch.equal(result.state["out.weight"], result.state["embed.weight"])
+    # Adam's first step has the sign of the gradient, which is that through both uses of the weight.
+    plain = torch.full((3, len(experts)), 0.3, dtype=torch.float64, requires_grad=True)
+    names = result.coefficients["names"]
+    merged = {
+        name: base.state_dict()[name].double()
+        + sum(
+            plain[row, k] * (expert.state_dict()[name] - base.state_dict()[name]).double()
+            for k, expert in enumerate(experts.values())
+        )
+        for row, name in enumerate(names)
+    }
+    logits = torch.tanh(F.linear(merged["embed.weight"][ids], merged["mix.weight"], merged["mix.bias"]))
+    logits = logits @ merged["embed.weight"].T
+    (-(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()).backward()
+    assert torch.equal((values_of(result) - 0.3).sign(), -plain.grad.sign())
+
+
+def test_a_compiled_forward_gives_the_same_coefficients(base):
+    experts = make_experts(base)
+    compiled = torch.compile(lambda model, batch: model(batch), backend="aot_eager")
+    plain, ours = learn(base, experts), learn(base, experts, forward=compiled)
+    torch.testing.assert_close(values_of(ours), values_of(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_space_starts_at_the_average(base):

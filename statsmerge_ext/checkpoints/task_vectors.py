@@ -4,6 +4,7 @@ A file is safetensors. Its metadata are "format" and "facts", JSON with
   bits, group_size   of every quantised tensor; group_size null: one group a tensor
   shapes             name → shape, of all tensors
   base               fingerprint of the base that the task vector starts from
+  unchanged          names of the tensors that are not stored because all of their values are zero
   shared             null; or the name of another such file in the same directory whose values are added (RTVQ)
 A tensor of two or more dimensions is stored as NAME.codes [bytes] uint8 (codes packed without gaps, least significant
 bits first, padded to a multiple of 8 codes), NAME.scale [groups] float32 and NAME.zero_point [groups] int32; its values
@@ -120,7 +121,8 @@ def quantize_experts(
     of_experts = {name: _Content(base, bits, group_size, shared=SHARED) for name in experts}
     for name in _bar(base, "Quantising", progress):
         deltas = {expert: _difference(base, state, name) for expert, state in experts.items()}
-        mean = shared.add(name, torch.stack(list(deltas.values())).mean(0))
+        mean = torch.stack(list(deltas.values())).mean(0)
+        mean = shared.add(name, mean if mean.dim() > 1 else torch.zeros_like(mean))  # vectors stay whole
         for expert, delta in deltas.items():
             of_experts[expert].add(name, delta - mean)
     with atomic_output(out, overwrite=overwrite, directory=True) as temporary:
@@ -140,11 +142,15 @@ class _Content:
             "group_size": group_size,
             "shapes": {name: list(shape_of(base, name)) for name in floating_names(base)},
             "base": fingerprint(base),
+            "unchanged": [],
             "shared": shared,
         }
 
     def add(self, name: str, delta: Tensor) -> Tensor:
         """Take in a tensor; returns the values that a reader will see."""
+        if not delta.any():
+            self._facts["unchanged"].append(name)
+            return delta
         if delta.dim() < 2:
             self._tensors[name] = delta.float()
             return self._tensors[name]
@@ -167,6 +173,7 @@ class _QuantizedFile:
             facts = json.loads(checkpoint.metadata["facts"])
             self.shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
             self.base, self.shared = facts["base"], facts["shared"]
+            self._unchanged = frozenset(facts["unchanged"])
             self._bits, self._group_size = facts["bits"], facts["group_size"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path}: its header describes no quantised task vector: {error!r}") from error
@@ -174,6 +181,8 @@ class _QuantizedFile:
     def values(self, name: str) -> Tensor:
         """The values of a tensor, float32 in its shape."""
         shape = self.shapes[name]
+        if name in self._unchanged:
+            return torch.zeros(shape)
         try:
             if len(shape) < 2:
                 return self._tensors[name].reshape(shape)

@@ -87,6 +87,25 @@ def test_the_format_can_be_read_by_its_description(models, tmp_path):
     torch.testing.assert_close(raw["a.bias"], experts["x"]["a.bias"] - base["a.bias"])
 
 
+def test_what_an_expert_did_not_change_takes_no_bytes(models, tmp_path):
+    base, experts = models
+    for state in experts.values():
+        state["b.weight"] = base["b.weight"]
+    experts["x"]["a.bias"] = base["a.bias"]
+    quantize_experts(base, experts, tmp_path / "all", bits=8, shared_bits=8)
+    stored = {name: {key.partition(".codes")[0] for key in load_file(path)} for name, path in _files(tmp_path / "all")}
+    assert not any(key.startswith("b.weight") for keys in stored.values() for key in keys)
+    assert "a.bias" in stored["y"] and "a.bias" not in stored["x"] and "a.bias" not in stored["shared"]
+    for name, state in experts.items():
+        read = open_expert(tmp_path / "all" / f"{name}.safetensors", base)
+        assert torch.equal(read["b.weight"], base["b.weight"])
+        torch.testing.assert_close(read["a.bias"], state["a.bias"], rtol=0, atol=1e-6)
+
+
+def _files(folder):
+    return [(path.stem, path) for path in sorted(folder.iterdir())]
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear"])
 def test_methods_read_them_as_experts(models, tmp_path, method):
     base, experts = models

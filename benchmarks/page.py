@@ -257,7 +257,7 @@ def fill(text: str, name: str, block: str) -> str:
     pattern = re.escape(begin) + ".*?" + re.escape(end)
     text, found = re.subn(pattern, lambda _: f"{begin}\n{block}\n{end}", text, flags=re.DOTALL)
     if not found:
-        raise SystemExit(f"{PAGE} has no place for {name}: {begin} … {end}")
+        raise SystemExit(f"the page has no place for {name}: {begin} … {end}")
     return text
 
 

@@ -11,11 +11,11 @@ import argparse
 import datetime
 import json
 import platform
-import re
 import subprocess
 from pathlib import Path
 
 import torch
+from page import fill
 
 from statsmerge_ext.evaluation.comparison import Comparison, compare
 from statsmerge_ext.evaluation.report import format_table, to_json
@@ -56,13 +56,7 @@ def measured(facts: dict) -> str:
 
 def put(page: Path, name: str, block: str) -> None:
     """Replace what is between the markers of ``name`` in a Markdown page."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text = page.read_text(encoding="utf-8")
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    text, found = re.subn(pattern, lambda _: f"{begin}\n{block}\n{end}", text, flags=re.S)
-    if not found:
-        raise SystemExit(f"{page} has no place for {name}: {begin} … {end}")
-    page.write_text(text, encoding="utf-8")
+    page.write_text(fill(page.read_text(encoding="utf-8"), name, block), encoding="utf-8")
 
 
 def main() -> None:

@@ -29,21 +29,24 @@ from statsmerge_ext.evaluation.run import evaluate_model
 from statsmerge_ext.evaluation.suites import get_suite, list_suites
 
 # Learning is given few epochs, so that all of a demonstration takes minutes on two cores.
-EPOCHS = {"vision8": {"epochs": 6, "lr_step": 5}, "text8": {"epochs": 4, "lr_step": 3}}
-STATS_MERGING = {"of": ["task_vectors"], "lr": [5e-3], "loss": ["cross_entropy", "kl"]}
-OWN = {"of": ["task_vectors"], "shared": [False], "hidden": [32], "loss": ["kl"]}
+EPOCHS = {
+    "vision8": [{"epochs": 12, "lr_step": 10}, {"epochs": 6, "lr_step": 5}],
+    "text8": [{"epochs": 4, "lr_step": 3}],
+}
+STATS_MERGING = {"of": ["task_vectors"], "lr": [3e-3, 1e-2], "loss": ["cross_entropy", "kl"]}
+OWN = {"of": ["task_vectors"], "shared": [False], "hidden": [32], "lr": [3e-3]}
 GRIDS: dict[str, dict[str, list]] = {
     "linear": {},
     "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 0.7]},
     "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
-    "adamerging": {"lr": [1e-2, 5e-2]},
-    "adamerging/plusplus": {"density": [0.2], "lr": [1e-2, 5e-2]},
+    "adamerging": {"lr": [1e-2, 3e-2]},
+    "adamerging/plusplus": {"density": [0.2], "lr": [1e-2, 3e-2]},
     "stats_merging/layer": STATS_MERGING,
-    "stats_merging/own": OWN | {"lr": [3e-3, 6e-3, 1e-2]},
+    "stats_merging/own": OWN | {"loss": ["cross_entropy", "kl"]},
     "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
-    "lot+stats_merging": OWN | {"init_values": [0.0], "lr": [1e-3, 3e-3]},
+    "lot+stats_merging": OWN | {"init_values": [0.0], "loss": ["kl"]},
 }
 
 
@@ -62,10 +65,8 @@ def main() -> None:
         for entry in entries:
             grid = GRIDS[entry]
             scores = []
-            for values in itertools.product(*grid.values()):
-                setting = dict(zip(grid, values, strict=True))
-                if "batches" in needs_of(entry):
-                    setting |= EPOCHS[name]
+            for *values, epochs in itertools.product(*grid.values(), EPOCHS[name] if learns(entry) else [{}]):
+                setting = dict(zip(grid, values, strict=True)) | epochs
                 merged = merge_suite(
                     suite, entry, models, calibration, evidence=evidence, hyperparameters=setting
                 ).model
@@ -75,6 +76,10 @@ def main() -> None:
             best = max(scores, key=lambda score: score["accuracy"])
             update(suite.assets / "hyperparameters.json", entry, best["setting"])
             update(suite.assets / "validation.json", entry, scores)
+
+
+def learns(entry: str) -> bool:
+    return "batches" in needs_of(entry)
 
 
 def update(path: Path, entry: str, value: object) -> None:

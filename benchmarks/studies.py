@@ -13,7 +13,7 @@ import argparse
 from results import RESULTS, ROOT, environment, measured, put
 
 from statsmerge_ext.evaluation.report import markdown_table
-from statsmerge_ext.evaluation.studies import STUDIES, Records, Study, plot_study, run_study, study_table
+from statsmerge_ext.evaluation.studies import STUDIES, Records, Study, plot_study, run_study, study_table, whole_parts
 from statsmerge_ext.evaluation.suites import get_suite
 from statsmerge_ext.memory import keep_freed_memory
 
@@ -23,8 +23,8 @@ PLAN = {
     "vision8": {
         "labels": 3,
         "start": 1,
-        "transfer": 1,
         "quantisation": 1,
+        "transfer": 1,
         "robustness": 1,
         "samples": 1,
         "statistics": 1,
@@ -39,12 +39,16 @@ PLAN = {
 def report(study: Study, records: Records, seeds: int) -> None:
     """Write the study's table and plot."""
     suite = records.suite.name
-    header, rows = study_table(list(study.cases(records.suite, seeds)), records)
+    cases = list(study.cases(records.suite, seeds))
+    header, rows = study_table(cases, records)
     if not any(cell for _, *cells in rows for cell in cells):
         return
     picture = f"studies/{study.name}-{suite}.svg"
     plot_study(header, rows, PAGE.parent / picture, title=study.title, suite=suite)
+    parts = whole_parts(cases, records)
     spread = f"{seeds} seeds, ± half their range" if seeds > 1 else "one seed"
+    if len(parts) > 1:
+        spread = f"one seed, {len(parts)} pairs"
     when = measured(records.studies[study.name])
     caption = f"{suite}, {study.title}: average test accuracy in percent, {spread}. {when}"
     put(PAGE, f"{study.name}-{suite}", f"{caption}\n\n{markdown_table(header, rows)}\n\n![]({picture})")

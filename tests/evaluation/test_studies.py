@@ -23,6 +23,7 @@ from statsmerge_ext.evaluation.studies import (
     run_study,
     running,
     study_table,
+    whole_parts,
 )
 from statsmerge_ext.evaluation.studies.running import Bench
 from statsmerge_ext.evaluation.studies.storage import FORMS, store
@@ -165,6 +166,20 @@ def test_a_table_has_means_over_a_seed_and_the_range_over_seeds(quick):
     assert study_table(cases, records) == (["", "8", "4"], [["lot", "70.0 ± 5.0", ""], ["ties", "", ""]])
     records.add(cases[-1], dict.fromkeys(("red", "green", "blue"), 0.25))
     assert study_table(cases, records)[1][1] == ["ties", "", "25.0"]
+
+
+def test_a_study_in_parts_shows_those_that_are_whole(quick):
+    records = Records(quick)
+    cases = list(get_study("transfer").cases(quick, 1))
+    last, unmeasured = cases[-1].part, "stats_merging/layer, predicted"
+    for case in cases:
+        if not (case.part == last and case.row == unmeasured):
+            value = 0.9 if case.part == last else 0.5
+            records.add(case, dict.fromkeys(records.tested(case), value))
+    assert whole_parts(cases, records) == ["red and green", "green and blue"]
+    assert whole_parts(cases, Records(quick)) == []
+    rows = {row: cells for row, *cells in study_table(cases, records)[1]}
+    assert rows[unmeasured] == rows["stats_merging/layer of the other six"] == ["50.0", "50.0"]
 
 
 @pytest.mark.parametrize("form", FORMS)

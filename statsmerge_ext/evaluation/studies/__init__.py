@@ -6,7 +6,7 @@ model measure it once (running.py). Tables and plots are made from the records (
 """
 
 from statsmerge_ext.evaluation.studies.cases import STUDIES, Case, Study, get_study
-from statsmerge_ext.evaluation.studies.report import plot_study, study_table
+from statsmerge_ext.evaluation.studies.report import plot_study, study_table, whole_parts
 from statsmerge_ext.evaluation.studies.running import Records, run_study
 
-__all__ = ["STUDIES", "Case", "Records", "Study", "get_study", "plot_study", "run_study", "study_table"]
+__all__ = ["STUDIES", "Case", "Records", "Study", "get_study", "plot_study", "run_study", "study_table", "whole_parts"]

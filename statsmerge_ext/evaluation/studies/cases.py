@@ -36,6 +36,7 @@ class Case:
         samples: calibration samples a task.
         left_out: tasks whose experts are not merged; for PREDICTED, whose experts and samples the learner never saw.
         tested: tasks that count; empty: all.
+        part: which part of a study that is a mean over many, such as pairs of tasks, it belongs to.
         hyperparameters: beside those chosen for the suite.
         limit: test examples a task; None: all.
         stored: the form in which the experts were stored, one of FORMS.
@@ -50,6 +51,7 @@ class Case:
     samples: int = CALIBRATION_SAMPLES
     left_out: tuple[str, ...] = ()
     tested: tuple[str, ...] = ()
+    part: str = ""
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     limit: int | None = None
     stored: str = "float32"
@@ -110,8 +112,9 @@ def _transfer(suite: Suite, rounds: int) -> Iterator[Case]:
             ("stats_merging/layer, predicted", PREDICTED, pair),
             ("stats_merging/layer, learned with all", "stats_merging/layer", ()),
         ):
-            yield Case(row, "the two new tasks", entry, left_out=left_out, tested=pair)
-            yield Case(row, "all tasks", entry, left_out=left_out)
+            part = " and ".join(pair)
+            yield Case(row, "the two new tasks", entry, left_out=left_out, tested=pair, part=part)
+            yield Case(row, "all tasks", entry, left_out=left_out, part=part)
 
 
 def _unseen(suite: Suite, rounds: int) -> Iterator[Case]:
@@ -119,7 +122,7 @@ def _unseen(suite: Suite, rounds: int) -> Iterator[Case]:
         seen = tuple(name for name in suite.task_names if name not in pair)
         for entry in ("linear", *COMPARED):
             for setting, tested in (("six merged tasks", seen), ("two unseen tasks", pair)):
-                yield Case(entry, setting, entry, left_out=pair, tested=tested)
+                yield Case(entry, setting, entry, left_out=pair, tested=tested, part=" and ".join(pair))
 
 
 def _statistics(suite: Suite, seeds: int) -> Iterator[Case]:

@@ -14,8 +14,10 @@ from statsmerge_ext.evaluation.studies.running import Records
 def study_table(cases: Sequence[Case], records: Records) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, in percent: the average over a seed's cases, and over seeds ± half their range.
 
-    Cells whose cases have not all been measured are empty.
+    Cells whose cases have not all been measured are empty; of a study in parts, those that are whole are taken.
     """
+    whole = whole_parts(cases, records)
+    cases = [case for case in cases if case.part in whole] or cases
     rows, settings = (list(dict.fromkeys(getattr(case, name) for case in cases)) for name in ("row", "setting"))
     cells: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
@@ -34,6 +36,12 @@ def study_table(cases: Sequence[Case], records: Records) -> tuple[list[str], lis
         return f"{statistics.fmean(averages):.1f}" + (f" ± {spread:.1f}" if spread else "")
 
     return ["", *settings], [[row, *(cell(row, setting) for setting in settings)] for row in rows]
+
+
+def whole_parts(cases: Sequence[Case], records: Records) -> list[str]:
+    """The parts of a study, such as pairs of tasks, of which everything has been measured, in order."""
+    missing = {case.part for case in cases if records.get(case) is None}
+    return [part for part in dict.fromkeys(case.part for case in cases) if part not in missing]
 
 
 def plot_study(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, *, title: str, suite: str) -> None:

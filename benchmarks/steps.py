@@ -18,7 +18,6 @@ from statsmerge_ext.engine.merged_model import LayerWiseMergedModel
 from statsmerge_ext.engine.problem import MergeProblem
 from statsmerge_ext.engine.together import join, samples, take_apart
 from statsmerge_ext.layers import find_layers
-from statsmerge_ext.ops import QuantizedTensor
 
 COEFFICIENT = 0.3
 
@@ -237,7 +236,8 @@ class StepsInMemory:
             for batch in self._images(TASKS).split(1):
                 self.merged.accumulate(self.merged(batch).square().sum())
             self.merged.backward()
-        stored = sum(_bytes(tensor) for of_expert in self.merged.task_vectors for tensor in of_expert)
+        vectors = self.merged.task_vectors
+        stored = sum(part.nbytes for part in (*vectors.tensors, *vectors.scales, *vectors.zero_points))
         return {"held": self.held, "bytes": 3 * self.weights + stored}
 
     @staticmethod
@@ -250,8 +250,3 @@ def _resident_after_trimming() -> int:
     """Bytes held, without what was freed and is kept for later: building takes many a temporary that steps do not."""
     ctypes.CDLL(None).malloc_trim(0)
     return problems.resident("VmRSS")
-
-
-def _bytes(tensor: Tensor | QuantizedTensor) -> int:
-    parts = (tensor.codes, tensor.scale, tensor.zero_point) if isinstance(tensor, QuantizedTensor) else (tensor,)
-    return sum(part.nbytes for part in parts)

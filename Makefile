@@ -9,7 +9,7 @@ OUT ?= demo-report
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test native-test bench results cuda-check clean
+.PHONY: demo test native-test bench results studies cuda-check clean
 
 demo: $(VENV)/.demo  ## merge both task suites by every method; print the tables, write the report
 	$(BIN)/statsmerge demo --seeds $(SEEDS) --out $(OUT)
@@ -32,6 +32,10 @@ cuda-check: $(VENV)/.torch  ## compile the CUDA kernels for every architecture; 
 
 results: $(VENV)/.demo  ## measure docs/results.md again: three seeds
 	$(BIN)/python benchmarks/results.py
+
+studies: $(VENV)/.demo  ## measure what is missing of docs/studies.md: hours
+	$(BIN)/python benchmarks/studies.py
+	$(BIN)/python benchmarks/segmentation.py
 
 clean:
 	rm -rf $(VENV) build demo-report studies *.egg-info statsmerge_ext/_C*.so

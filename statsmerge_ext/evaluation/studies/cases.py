@@ -162,10 +162,10 @@ def _robust_calibration(suite: Suite, seeds: int) -> Iterator[Case]:
 
 
 def _quantisation(suite: Suite, seeds: int) -> Iterator[Case]:
-    for seed, form in itertools.product(range(seeds), FORMS):
+    for form in FORMS:
         yield Case(form, "% of the bytes", BYTES, stored=form)
-        for entry in ("task_arithmetic", "lot"):
-            yield Case(form, entry, entry, seed, stored=form)
+    for seed, entry, form in itertools.product(range(seeds), ("task_arithmetic", "lot"), FORMS):
+        yield Case(form, entry, entry, seed, stored=form)
 
 
 STUDIES = {

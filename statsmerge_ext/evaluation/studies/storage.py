@@ -11,7 +11,7 @@ from torch import Tensor
 from statsmerge_ext.checkpoints import open_expert, quantize_expert, quantize_experts
 
 #: Task vectors as numbers; quantised one by one (TVQ); or what is left of each after their quantised mean (RTVQ).
-FORMS = ("float32", "bfloat16", "int8", "int4", "int3", "int2", "residual int4", "residual int3", "residual int2")
+FORMS = ("float32", "bfloat16", "int8", "int4", "residual int4", "int3", "residual int3", "int2", "residual int2")
 
 State = Mapping[str, Tensor]
 

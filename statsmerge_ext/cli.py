@@ -15,6 +15,7 @@ from statsmerge_ext import __version__
 from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, quantize_expert, quantize_experts
 from statsmerge_ext.distillation.run import run_distillation
 from statsmerge_ext.distillation.student import StudentTraining
+from statsmerge_ext.engine import processes
 from statsmerge_ext.errors import CheckpointError, StatsMergeError
 from statsmerge_ext.memory import keep_freed_memory
 from statsmerge_ext.methods import get_method, list_methods
@@ -72,8 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     merging.add_argument("--random-seed", default=0, type=int, metavar="N", help="seed of the method (default: 0)")
     merging.add_argument("--overwrite", action="store_true", help="replace an existing model at OUT")
-    merging.add_argument("--resume", action="store_true", help="take up an interrupted merge where it was")
-    merging.add_argument("--dry-run", action="store_true", help="check everything, say what would be written, stop")
+    merging.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take up an interrupted run of the same merge where it was (default: yes)",
+    )
+    merging.add_argument(
+        "--memory-budget", metavar="SIZE", help="what a streamed merge may hold of the models (default: 512MiB)"
+    )
+    merging.add_argument("--dry-run", action="store_true", help="check everything, say what it would take, stop")
 
     quantize = add("quantize", _quantize, "Store experts as quantised task vectors, which every method reads.")
     quantize.add_argument("base", metavar="BASE", type=Path, help="the pretrained checkpoint")
@@ -145,23 +154,31 @@ def _device(name: str) -> torch.device:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    report = run_merge(
-        options.recipe,
-        options.out,
-        device=options.device,
-        out_shard_size=options.out_shard_size,
-        copy_tokenizer=options.copy_tokenizer,
-        random_seed=options.random_seed,
-        overwrite=options.overwrite,
-        resume=options.resume,
-        dry_run=options.dry_run,
-        progress=not options.quiet,
-    )
+    with processes.joined():
+        quiet = options.quiet or processes.rank() > 0
+        report = run_merge(
+            options.recipe,
+            options.out,
+            device=options.device,
+            out_shard_size=options.out_shard_size,
+            copy_tokenizer=options.copy_tokenizer,
+            random_seed=options.random_seed,
+            memory_budget=options.memory_budget,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            dry_run=options.dry_run,
+            progress=not quiet,
+        )
     plan = report["plan"]
     size = f"{plan['tensors']} tensors, {plan['bytes'] / 1e6:.1f} MB, {', '.join(plan['dtypes'])}"
     if options.dry_run:
         print(f"would write {options.out}: {size}")
-    elif not options.quiet:
+        if "seconds" in plan:
+            print(
+                f"would read {plan['bytes_read'] / 1e6:.1f} MB and take about {plan['seconds']:.1f} s "
+                f"and {plan['memory'] / 1e6:.0f} MB of memory"
+            )
+    elif not quiet:
         print(f"wrote {options.out}: {size}")
 
 

@@ -137,7 +137,7 @@ def test_classifiers_bring_their_own_heads_for_learned_methods(models):
 
 
 def test_an_interrupted_merge_is_resumed(models, monkeypatch):
-    """The journal lies beside the output; without --resume it is forgotten, and at the end it is removed."""
+    """The journal lies beside the output; with --no-resume it is forgotten, and at the end it is removed."""
     monkeypatch.setattr(journal, "_SECONDS_BETWEEN_SAVES", 0.0)
     epoch, epochs = learning._Run.train_epoch, []
 
@@ -152,8 +152,8 @@ def test_an_interrupted_merge_is_resumed(models, monkeypatch):
     stops = {3, 5}
     assert merge(models, method="stats_merging", **recipe) == 130
     assert (models / "out.journal").exists()
-    assert merge(models, method="stats_merging", **recipe) == 130
-    assert merge(models, "--resume", method="stats_merging", **recipe) == 0
+    assert merge(models, "--no-resume", method="stats_merging", **recipe) == 130
+    assert merge(models, method="stats_merging", **recipe) == 0
     assert epochs == [0, 1, 2, 0, 1, 1, 2, 3]
     assert not (models / "out.journal").exists()
 

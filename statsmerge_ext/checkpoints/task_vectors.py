@@ -193,6 +193,7 @@ class _QuantizedExpert:
         self._files = [_QuantizedFile(checkpoint)]
         if self._files[0].shared is not None:
             self._files.append(_QuantizedFile(_sibling(checkpoint, self._files[0].shared)))
+        self.files = [file.path for file in self._files]
         known = fingerprint(base)
         for file in self._files:
             if file.base != known:

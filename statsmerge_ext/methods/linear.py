@@ -8,8 +8,8 @@ from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.streaming import Piece
 from statsmerge_ext.errors import MethodError
-from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.weights import expert_weights
 
@@ -34,8 +34,8 @@ def linear(
         coefficients = coefficients / coefficients.sum()
     rest = float(coefficients.sum()) - 1.0  # Σ w θ_k = θ_0 + Σ w τ_k + (Σ w − 1) θ_0
 
-    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+    def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
         (merged,) = ops.weighted_merge([base], [[t] for t in task_vectors], coefficients.float())
         return merged if abs(rest) < 1e-9 else merged + rest * base
 
-    return problem.map_layers(merge, coefficients=coefficients)
+    return problem.map_elements(merge, coefficients=coefficients)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.layers import Layer
+from statsmerge_ext.engine.streaming import Piece
 from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.weights import expert_weights
 
@@ -28,8 +28,8 @@ def task_arithmetic(
     """
     coefficients = scaling_factor * expert_weights(weights, len(problem.experts), 1.0)
 
-    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+    def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
         (merged,) = ops.weighted_merge([base], [[t] for t in task_vectors], coefficients.float())
         return merged
 
-    return problem.map_layers(merge, coefficients=coefficients)
+    return problem.map_elements(merge, coefficients=coefficients)

@@ -11,10 +11,10 @@ from torch import Tensor
 from statsmerge_ext.errors import MethodError
 
 
-def expert_weights(weights: Real | Sequence[float] | None, count: int, default: float) -> Tensor:
+def expert_weights(weights: Real | Sequence[float] | None, count: int, default: float, name: str = "weights") -> Tensor:
     """``weights`` as a float64 tensor [count]: a number stands for all experts, None for ``default``.
 
-    Raises MethodError for another number of weights or for values that are not finite.
+    Raises MethodError, which calls them ``name``, for another number of weights or for values that are not finite.
     """
     if weights is None:
         weights = default
@@ -22,5 +22,5 @@ def expert_weights(weights: Real | Sequence[float] | None, count: int, default: 
         weights = [float(weights)] * count
     values = torch.tensor(list(weights), dtype=torch.float64)
     if values.shape != (count,) or not torch.isfinite(values).all():
-        raise MethodError(f"weights: expected {count} finite numbers, one an expert, got {list(weights)}")
+        raise MethodError(f"{name}: expected {count} finite numbers, one an expert, got {list(weights)}")
     return values

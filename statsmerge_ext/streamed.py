@@ -70,11 +70,11 @@ def write_streamed(
         ProcessError: another process of the group has ended.
     """
     leader = processes.rank() == 0
-    with PartialOutput(out, resume=resume, leader=leader) as partial:
-        processes.wait_for_all()
-        journals = [_journal(partial, path.name, identity) for path in sorted(partial.path.glob("journal.*"))]
-        saved = [journal.load()["done"] for journal in journals]
-        processes.wait_for_all()
+    partial = PartialOutput(out, resume=resume, leader=leader)
+    journals = partial.path.glob("journal.*") if partial.resumed else ()
+    saved = [_journal(partial, path.name, identity).load()["done"] for path in sorted(journals)]
+    processes.wait_for_all()
+    with partial:
         if saved:
             partial.keep()
         if leader:
@@ -162,7 +162,7 @@ def _write_pieces(
     journal = _journal(partial, f"journal.{processes.rank()}", identity)
     with _Saver(journal, files.sync, partial.keep) as saver, closing(results):
         for place, (piece, merged) in zip(mine, tqdm(results, "Merging", len(mine), disable=not progress)):
-            files.write(piece.layer.parameter, merged, solved.problem.start(piece))
+            files.write(piece.layer.parameter, merged, piece.start(solved.problem.base))
             done[place] = True
             saver.save_if_due({"done": done})
 

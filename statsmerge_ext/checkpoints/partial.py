@@ -27,6 +27,7 @@ class PartialOutput:
     Attributes:
         path: the directory.
         result: the output as it is built, inside the directory.
+        resumed: whether an earlier run has left something there that is gone on with.
 
     Raises:
         CheckpointError: another process is building the same output, or it cannot be written; of an OSError inside the
@@ -37,7 +38,9 @@ class PartialOutput:
         self.out = out
         self.path = partial_path(out)
         self.result = self.path / out.name
-        self._resume, self._leader = resume, leader
+        # Without a result, the run before was stopped after it had renamed it, with only the directory left over.
+        self.resumed = resume and self.result.exists()
+        self._leader = leader
         self._kept = False
 
     def __enter__(self) -> PartialOutput:
@@ -51,8 +54,7 @@ class PartialOutput:
             except BlockingIOError as error:
                 self._lock.close()
                 raise CheckpointError(f"{self.out}: another process is writing it at this moment") from error
-            # Without a result the run before was stopped after it had renamed it, with only this directory left over.
-            if not (self._resume and self.result.exists()):
+            if not self.resumed:
                 for path in self.path.iterdir():
                     if path.name != _LOCK:
                         _remove(path)

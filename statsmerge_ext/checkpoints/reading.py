@@ -52,7 +52,7 @@ def open_checkpoint(
     """
     path = Path(path)
     if path.is_dir():
-        config = _read_json(path / "config.json") if (path / "config.json").exists() else None
+        config = read_json(path / "config.json") if (path / "config.json").exists() else None
         return Checkpoint(path, config, _directory_entries(path), device, at_least)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory (checkpoints are local; nothing is downloaded)")
@@ -218,12 +218,12 @@ def _directory_entries(directory: Path) -> dict[str, _File]:
         if (directory / name).exists():
             return _sharded_entries(directory / name) if name.endswith(".json") else _file_entries(directory / name)
     if (directory / "adapter_config.json").exists():
-        raise CheckpointError(f"{directory}: is a PEFT adapter, not a full checkpoint; merge it into its base first")
+        raise CheckpointError(f"{directory}: is a PEFT adapter, not a full checkpoint; it can only be an expert")
     raise CheckpointError(f"{directory}: holds none of {', '.join(WEIGHT_FILES)}")
 
 
 def _sharded_entries(index_path: Path) -> dict[str, _File]:
-    index = _read_json(index_path)
+    index = read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
         raise CheckpointError(f"{index_path}: 'weight_map' must map tensor names to file names")
@@ -247,7 +247,8 @@ def _open_shard(index_path: Path, name: str, shard: str) -> _File:
     return _open_file(file)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError if it cannot be read, or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -15,17 +15,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from statsmerge_ext.checkpoints.compatibility import check_compatible, check_finite, dtype_of, floating_names, shape_of
+from statsmerge_ext.checkpoints.adapters import is_adapter, open_adapter
+from statsmerge_ext.checkpoints.compatibility import (
+    check_compatible,
+    check_finite,
+    dtype_of,
+    floating_names,
+    run_of,
+    shape_of,
+)
 from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.reading import SAFETENSORS_SUFFIX, Checkpoint, open_checkpoint
-from statsmerge_ext.checkpoints.writing import atomic_output, check_output, save_state_dict
+from statsmerge_ext.checkpoints.weight_files import WeightFile
+from statsmerge_ext.checkpoints.writing import atomic_output, check_output
 from statsmerge_ext.errors import CheckpointError
 from statsmerge_ext.ops import QuantizedTensor
 
@@ -35,7 +45,7 @@ _PARTS = ("codes", "scale", "zero_point")
 
 
 def open_expert(path: str | os.PathLike, base: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Checkpoint:
-    """Open an expert: any checkpoint, or a quantised task vector, which is read as the base plus its values.
+    """Open an expert: any checkpoint; or a quantised task vector or LoRA adapter, read as the base plus its values.
 
     Args:
         path: as for :func:`open_checkpoint`.
@@ -43,8 +53,10 @@ def open_expert(path: str | os.PathLike, base: Mapping[str, Tensor], device: str
         device: where the tensors are put when they are read.
 
     Raises:
-        CheckpointError: the file is unreadable, or a task vector from another base.
+        CheckpointError: the file is unreadable, a task vector from another base, or an adapter that is refused.
     """
+    if is_adapter(Path(path)):
+        return open_adapter(Path(path), base, device)
     checkpoint = open_checkpoint(path, device)
     if checkpoint.metadata.get("format") != FORMAT:
         return checkpoint
@@ -78,11 +90,11 @@ def quantize_expert(
     """
     out = _file(out)
     check_output(out, overwrite)
-    expert = check_compatible(base, {"expert": expert})["expert"]
-    content = _Content(base, bits, group_size, shared=None)
-    for name in _bar(base, "Quantising", progress):
-        content.add(name, _difference(base, expert, name))
-    content.save(out, overwrite)
+    experts = check_compatible(base, {"expert": expert})
+    with atomic_output(out, overwrite=overwrite) as temporary:
+        with closing(_Content(temporary, base, bits, group_size, None, fingerprint(base))) as content:
+            for name, (delta,) in _differences(base, experts, progress):
+                content.add(name, delta)
 
 
 def quantize_experts(
@@ -116,45 +128,56 @@ def quantize_experts(
     if "shared" in experts:
         raise CheckpointError("experts: 'shared' is the name of the file that all of them share; choose another")
     experts = check_compatible(base, experts)
-    shared = _Content(base, shared_bits, group_size, shared=None)
-    of_experts = {name: _Content(base, bits, group_size, shared=SHARED) for name in experts}
-    for name in _bar(base, "Quantising", progress):
-        deltas = {expert: _difference(base, state, name) for expert, state in experts.items()}
-        mean = shared.add(name, torch.stack(list(deltas.values())).mean(0))
-        for expert, delta in deltas.items():
-            of_experts[expert].add(name, delta - mean)
-    with atomic_output(out, overwrite=overwrite, directory=True) as temporary:
-        shared.save(temporary / SHARED)
-        for expert, content in of_experts.items():
-            content.save(temporary / f"{expert}{SAFETENSORS_SUFFIX}")
+    known = fingerprint(base)
+    with atomic_output(out, overwrite=overwrite, directory=True) as temporary, ExitStack() as files:
+
+        def content(file: str, bits: int, shared: str | None) -> _Content:
+            return files.enter_context(closing(_Content(temporary / file, base, bits, group_size, shared, known)))
+
+        shared = content(SHARED, shared_bits, None)
+        of_experts = [content(f"{name}{SAFETENSORS_SUFFIX}", bits, SHARED) for name in experts]
+        for name, deltas in _differences(base, experts, progress):
+            mean = shared.add(name, torch.stack(deltas).mean(0))
+            for of_expert, delta in zip(of_experts, deltas, strict=True):
+                of_expert.add(name, delta - mean)
 
 
 class _Content:
-    """What one file will hold."""
+    """A file of quantised tensors that is being written; ``known`` is the base's fingerprint."""
 
-    def __init__(self, base: Mapping[str, Tensor], bits: int, group_size: int | None, shared: str | None) -> None:
+    def __init__(
+        self, path: Path, base: Mapping[str, Tensor], bits: int, group_size: int | None, shared: str | None, known: str
+    ) -> None:
+        QuantizedTensor.quantize(torch.zeros(1), bits, group_size)  # refuses what is out of range
         self._bits, self._group_size = bits, group_size
-        self._tensors: dict[str, Tensor] = {}
-        self._facts = {
+        shapes = {name: shape_of(base, name) for name in floating_names(base)}
+        facts = {
             "bits": bits,
             "group_size": group_size,
-            "shapes": {name: list(shape_of(base, name)) for name in floating_names(base)},
-            "base": fingerprint(base),
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "base": known,
             "shared": shared,
         }
+        infos: dict[str, TensorInfo] = {}
+        for name, shape in shapes.items():
+            if len(shape) < 2:
+                infos[name] = TensorInfo(shape, torch.float32)
+            else:
+                infos |= {f"{name}.{part}": info for part, info in _parts(shape, bits, group_size).items()}
+        self._file = WeightFile(path, infos, {"format": FORMAT, "facts": json.dumps(facts)})
 
     def add(self, name: str, delta: Tensor) -> Tensor:
-        """Take in a tensor; returns the values that a reader will see."""
+        """Write a tensor; returns the values that a reader will see."""
         if delta.dim() < 2:
-            self._tensors[name] = delta.float()
-            return self._tensors[name]
+            self._file.write(name, delta.float())
+            return delta.float()
         quantized = QuantizedTensor.quantize(delta, self._bits, self._group_size)
-        self._tensors |= {f"{name}.{part}": getattr(quantized, part) for part in _PARTS}
+        for part in _PARTS:
+            self._file.write(f"{name}.{part}", getattr(quantized, part))
         return quantized.dequantize()
 
-    def save(self, path: Path, overwrite: bool = False) -> None:
-        metadata = {"format": FORMAT, "facts": json.dumps(self._facts)}
-        save_state_dict(self._tensors, path, metadata, overwrite=overwrite)
+    def close(self) -> None:
+        self._file.close()
 
 
 class _QuantizedFile:
@@ -178,7 +201,7 @@ class _QuantizedFile:
             if len(shape) < 2:
                 return self._tensors[name].reshape(shape)
             parts = (self._tensors[f"{name}.{part}"] for part in _PARTS)
-            group_size = self._group_size or max(8, -(-shape.numel() // 8) * 8)
+            group_size = _group_size(shape, self._group_size)
             return QuantizedTensor(*parts, self._bits, group_size, shape).dequantize()
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} is not as its header says: {error}") from error
@@ -221,10 +244,27 @@ def _file(out: str | os.PathLike) -> Path:
     return Path(out)
 
 
-def _difference(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> Tensor:
-    delta = expert[name].float() - base[name].float()
-    return check_finite(name, delta, getattr(expert, "path", "expert"))
+def _differences(
+    base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], progress: bool
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """(name, the experts' task vectors there), one tensor after the other; none stays in memory."""
+    for name in tqdm(floating_names(base), desc="Quantising", unit="tensor", disable=not progress):
+        shape = shape_of(base, name)
+        start = run_of(base, name, 0, shape.numel()).float()
+        deltas = []
+        for expert in experts.values():
+            delta = run_of(expert, name, 0, shape.numel()).float() - start
+            deltas.append(check_finite(name, delta.view(shape), getattr(expert, "path", "expert")))
+        yield name, deltas
 
 
-def _bar(base: Mapping[str, Tensor], description: str, progress: bool) -> Iterator[str]:
-    return tqdm(floating_names(base), desc=description, unit="tensor", disable=not progress)
+def _group_size(shape: torch.Size, group_size: int | None) -> int:
+    """How many elements of a tensor share a scale: all, up to a whole number of 8 codes, unless that is given."""
+    return group_size or max(8, -(-shape.numel() // 8) * 8)
+
+
+def _parts(shape: torch.Size, bits: int, group_size: int | None) -> dict[str, TensorInfo]:
+    """What a quantised tensor of that shape is stored as."""
+    groups = -(-shape.numel() // _group_size(shape, group_size))
+    shapes = (-(-shape.numel() // 8) * bits, torch.uint8), (groups, torch.float32), (groups, torch.int32)
+    return {part: TensorInfo(torch.Size((count,)), dtype) for part, (count, dtype) in zip(_PARTS, shapes, strict=True)}

@@ -260,8 +260,7 @@ def _as_state(model: Model, argument: str, base: Mapping[str, Tensor] | None = N
     if isinstance(model, (str, Path)):
         return open_checkpoint(model) if base is None else open_expert(model, base)
     if isinstance(model, Mapping):
-        spread = not hasattr(model, "path") and any(processes.is_spread(tensor) for tensor in model.values())
-        return processes.Gathered(model) if spread else model
+        return model if hasattr(model, "path") else processes.gathered(model)  # a file's tensors are never spread
     raise CheckpointError(f"{argument}: expected a module, a state dict or a path, got {type(model).__name__}")
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from statsmerge_ext.checkpoints import check_finite
-from statsmerge_ext.checkpoints.compatibility import run_of, shape_of
+from statsmerge_ext.checkpoints.compatibility import shape_of
 from statsmerge_ext.engine.journal import Journal
-from statsmerge_ext.engine.streaming import BLOCK, Piece, Stream
+from statsmerge_ext.engine.streaming import BLOCK, Piece, Stream, layer_shape
 from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.layers import Layer
 
@@ -30,12 +30,14 @@ class Solution:
         parameters: state dict key -> merged tensor, in the base's dtype, for every parameter; perhaps computed only
             when it is asked for.
         coefficients: the λ that were learned or given, [L, K] or [K]; None for methods without.
+        is_weighted_sum: whether the parameters are the base plus the task vectors, weighted by the coefficients.
         learner: what was learned and can be applied to other models, with a ``to_json`` method; None for most.
         notes: JSON-able facts for the report.
     """
 
     parameters: Mapping[str, Tensor]
     coefficients: Tensor | None = None
+    is_weighted_sum: bool = False
     learner: object | None = None
     notes: dict = field(default_factory=dict)
 
@@ -75,20 +77,9 @@ class MergeProblem:
     progress: bool = False
     memory_budget: int | None = None
 
-    def shape(self, layer: Layer) -> torch.Size:
-        """The shape of ``layer``; nothing is read."""
-        shape = shape_of(self.base, layer.parameter)
-        return shape if layer.rows is None else torch.Size((layer.rows[1] - layer.rows[0], *shape[1:]))
-
-    def run(self, state: Mapping[str, Tensor], piece: Piece, into: Tensor | None = None) -> Tensor:
-        """``piece`` of a layer of ``state``, flat, as it is stored; ``into`` as in :meth:`Checkpoint.run`."""
-        start = self.start(piece)
-        return run_of(state, piece.layer.parameter, start, start + piece.count, into)
-
-    def start(self, piece: Piece) -> int:
-        """The number of the first element of ``piece`` in its parameter taken as flat."""
-        rows, shape = piece.layer.rows, shape_of(self.base, piece.layer.parameter)
-        return piece.first + (0 if rows is None else rows[0] * shape[1:].numel())
+    def stream(self, layers: Iterable[Layer], *, whole: bool) -> Stream:
+        """The pieces of ``layers`` of base and experts, within the memory budget. Raises MethodError as its class."""
+        return Stream(self.base, self.experts.values(), layers, whole=whole, memory_budget=self.memory_budget)
 
     def differences(self, layer: Layer, base: Tensor, experts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Corresponding elements of base and experts as merging computes with them: base, and the task vectors.
@@ -194,12 +185,13 @@ class MergedLayers(Mapping[str, Tensor]):
 
     def stream(self, names: Iterable[str]) -> Stream:
         """The pieces of the parameters ``names``, for :meth:`merged`. Raises MethodError as :class:`Stream`."""
-        return Stream(self._problem, [layer for name in names for layer in self._layers[name]], whole=self._whole)
+        layers = [layer for name in names for layer in self._layers[name]]
+        return self._problem.stream(layers, whole=self._whole)
 
     def merged(self, piece: Piece, base: Tensor, experts: list[Tensor]) -> Tensor:
         """The merged ``piece``, flat, in the base's dtype, from what base and experts hold there."""
         if self._whole:
-            shape = self._problem.shape(piece.layer)
+            shape = layer_shape(self._problem.base, piece.layer)
             return self._of(piece, base.view(shape), [expert.view(shape) for expert in experts]).reshape(-1)
         step = BLOCK if base.device.type == "cpu" else max(piece.count, 1)
         if piece.count <= step:
@@ -223,7 +215,7 @@ class MergedLayers(Mapping[str, Tensor]):
                 name = piece.layer.parameter
                 if name not in parameters:
                     parameters[name] = merged.new_empty(shape_of(self._problem.base, name))
-                start = self._problem.start(piece)
+                start = piece.start(self._problem.base)
                 parameters[name].view(-1)[start : start + piece.count] = merged
                 bar.update()
         return parameters
@@ -236,4 +228,8 @@ def _computed(tensor: Tensor) -> Tensor:
 
 def _settled(base: Tensor, reference: Tensor, merged: Tensor) -> Tensor:
     """``merged`` in the dtype of ``base``; where it is the ``reference``, the base as computed with, base's bits."""
-    return torch.where(merged == reference, base, merged.to(base.dtype))
+    settled = merged.to(base.dtype)
+    # Only a zero can come back with other bits, those of the other sign; comparing takes longer than looking for one.
+    if reference.numel() and reference.abs().amin() > 0:
+        return settled
+    return torch.where(merged == reference, base, settled)

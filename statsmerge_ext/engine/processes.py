@@ -73,35 +73,15 @@ def share(items: Sequence[Item], sizes: Sequence[int]) -> list[Item]:
     ]
 
 
-class Gathered(Mapping[str, Tensor]):
-    """A state dict with tensors that are spread over processes (DTensor, as FSDP's): whole when they are asked for.
+def gathered(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict with tensors that are spread over processes (DTensor, as FSDP's), whole on every one of them.
 
-    All processes have to ask for the same tensors in the same order.
+    All processes have to call it alike. Raises ProcessError if one has ended.
     """
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._state[name]
-        return tensor.full_tensor() if is_spread(tensor) else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
-
-    def shape(self, name: str) -> torch.Size:
-        return self._state[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._state[name].dtype
-
-
-def is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor's elements are on several processes."""
-    return hasattr(tensor, "full_tensor")
+    if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        return state
+    with _as_process_error():
+        return {key: x.full_tensor() if hasattr(x, "full_tensor") else x for key, x in state.items()}
 
 
 @contextmanager

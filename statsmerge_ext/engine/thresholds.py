@@ -31,7 +31,7 @@ def magnitude_thresholds(problem: MergeProblem, layers: list[Layer], densities: 
     """
     states = [problem.base, *problem.experts.values()]
     wide = any(dtype_of(state, x.parameter) == torch.float64 for state in states for x in layers)
-    stream = Stream(problem, layers, whole=False)
+    stream = problem.stream(layers, whole=False)
     count = sum(piece.count for piece in stream.pieces)
     searches = [_Search(max(1, round(density * count)), 2**63 if wide else 2**31) for density in densities]
     for search, sample, density in zip(searches, _samples(problem, stream, wide), densities, strict=True):

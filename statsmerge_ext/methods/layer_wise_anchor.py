@@ -66,7 +66,7 @@ def layer_wise_anchor(
     def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
         return ops.weighted_merge([base], [[t] for t in task_vectors], rows[piece.layer.name])[0]
 
-    return problem.map_elements(merge, coefficients=table)
+    return problem.map_elements(merge, coefficients=table, is_weighted_sum=True)
 
 
 def _depths(layers: list[Layer]) -> list[float]:

@@ -33,9 +33,10 @@ def linear(
             raise MethodError(f"weights: expected a sum other than 0 to normalise by, got {coefficients.tolist()}")
         coefficients = coefficients / coefficients.sum()
     rest = float(coefficients.sum()) - 1.0  # Σ w θ_k = θ_0 + Σ w τ_k + (Σ w − 1) θ_0
+    sums_to_one = abs(rest) < 1e-9
 
     def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
         (merged,) = ops.weighted_merge([base], [[t] for t in task_vectors], coefficients.float())
-        return merged if abs(rest) < 1e-9 else merged + rest * base
+        return merged if sums_to_one else merged + rest * base
 
-    return problem.map_elements(merge, coefficients=coefficients)
+    return problem.map_elements(merge, coefficients=coefficients, is_weighted_sum=sums_to_one)

@@ -146,7 +146,8 @@ def stats_merging_predict(problem: MergeProblem, *, learner: str | Path | Fitted
         return ops.weighted_merge([start], [[t] for t in moved], rows[piece.layer.name])[0]
 
     table = torch.stack([rows.get(layer.name, unchanged) for layer in problem.layers]).double()
-    return problem.map_elements(merge, coefficients=table)
+    of_task_vectors = fitted.space == "task_vectors" and not table.isnan().any()
+    return problem.map_elements(merge, coefficients=table, is_weighted_sum=bool(of_task_vectors))
 
 
 def _columns(statistics: Sequence[str], r: int) -> list[int]:

@@ -32,4 +32,4 @@ def task_arithmetic(
         (merged,) = ops.weighted_merge([base], [[t] for t in task_vectors], coefficients.float())
         return merged
 
-    return problem.map_elements(merge, coefficients=coefficients)
+    return problem.map_elements(merge, coefficients=coefficients, is_weighted_sum=True)

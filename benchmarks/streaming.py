@@ -188,6 +188,8 @@ def main() -> None:
         }
         seconds = run(program[options.action], out)
     facts |= {"seconds": round(seconds, 2), "gigabytes_per_second": round(facts["gigabytes_read"] / seconds, 3)}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN if options.action != "copy" else resource.RUSAGE_SELF)
+    facts["cpu_seconds"] = {"user": round(used.ru_utime, 1), "system": round(used.ru_stime, 1)}
     facts["peak_megabytes"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
     print(json.dumps(facts))
 

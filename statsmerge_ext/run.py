@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,12 +26,12 @@ from statsmerge_ext.checkpoints.compatibility import floating_names
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.partial import partial_path
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
-from statsmerge_ext.checkpoints.writing import check_output, parse_size, write_companions
+from statsmerge_ext.checkpoints.writing import atomic_output, check_output, parse_size, write_companions
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.merging import solve
 from statsmerge_ext.engine.problem import MergedLayers
 from statsmerge_ext.errors import CheckpointError
-from statsmerge_ext.model_card import accompanying_files
+from statsmerge_ext.model_card import REPORT, accompanying_files
 from statsmerge_ext.recipe import Recipe, load_recipe
 from statsmerge_ext.streamed import estimate, write_streamed
 
@@ -60,7 +61,7 @@ def run_merge(
             the recipe, coefficients and report); or a state dict, where it ends in .safetensors, .pt, .pth or .bin.
         device: where tensors are merged and the model is run.
         out_shard_size: largest size of a weight file in a directory, such as "5GB".
-        copy_tokenizer: copy the base's tokenizer files too.
+        copy_tokenizer: copy the tokenizer's files too, the base's unless the recipe says another model's.
         random_seed: of all that is random in the method.
         memory_budget: what a streamed merge may hold of models and result at a time, such as "1GiB"; None: a default.
         overwrite: replace an existing model.
@@ -118,6 +119,7 @@ def run_merge(
     report = {**solved.report(), "plan": plan}
     files = accompanying_files(recipe, report, solved.coefficients(), solved.solution.learner)
     if streamed:
+        tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
         write_streamed(
             solved,
             out,
@@ -126,9 +128,14 @@ def run_merge(
             resume=resume,
             shard_bytes=None if _is_file(out) else shard_bytes,
             metadata=files,
-            companions=lambda directory: write_companions(directory, base, infos, files, copy_tokenizer=copy_tokenizer),
+            companions=lambda directory: write_companions(directory, base, infos, files, tokenizer=tokenizer),
             progress=progress,
         )
+        report = {**solved.report(), "plan": plan}
+        if processes.rank() == 0 and not _is_file(out):
+            # What was written said all but how long it took; the model is in its place, so this may fail.
+            with suppress(CheckpointError), atomic_output(out / REPORT, overwrite=True) as temporary:
+                temporary.write_text(accompanying_files(recipe, report, None)[REPORT], encoding="utf-8")
     elif processes.rank() > 0:
         return report  # every process has the whole result; one writes it
     elif _is_file(out):
@@ -141,6 +148,7 @@ def run_merge(
             shard_size=out_shard_size,
             extra_files=files,
             copy_tokenizer=copy_tokenizer,
+            tokenizer=recipe.tokenizer,
             overwrite=overwrite,
             progress=progress,
         )

@@ -25,9 +25,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from statsmerge_ext import run
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.cli import main
 from statsmerge_ext.engine import journal, learning
+from statsmerge_ext.errors import CheckpointError
 from tests.tiny_models import (
     assert_refused,
     files_in,
@@ -263,6 +265,24 @@ def test_overwrite(models, capsys):
     for inside in (".", "base", "a"):
         assert main(["merge", str(models / "recipe.yaml"), str(models / inside), "--overwrite"]) == 2
         assert "is or holds an input of the merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [{}, {"method": "lot", "calibration": {"data": "texts.txt"}}])
+def test_the_tokenizer_of_an_expert(models, data):
+    (models / "b" / "tokenizer_config.json").write_text('{"of": "b"}')
+    (models / "b" / "chat_template.jinja").write_text("{{ messages }}")
+    assert merge(models, tokenizer_source="b", **data) == 0
+    assert (models / "out" / "tokenizer_config.json").read_text() == '{"of": "b"}'
+    assert (models / "out" / "chat_template.jinja").exists() and not (models / "out" / "tokenizer.json").exists()
+
+
+def test_nothing_after_the_weights_makes_a_merge_fail(models, monkeypatch):
+    def full(*arguments, **options):
+        raise CheckpointError("No space left on device")
+
+    monkeypatch.setattr(run, "atomic_output", full)
+    assert merge(models) == 0
+    assert json.loads((models / "out" / "merge_report.json").read_text())["method"] == "task_arithmetic"
 
 
 def test_the_same_seed_gives_the_same_files(models):

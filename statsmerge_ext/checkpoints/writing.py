@@ -80,6 +80,7 @@ def save_hf_directory(
     extra_files: Mapping[str, str] | None = None,
     *,
     copy_tokenizer: bool = True,
+    tokenizer: Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
@@ -93,6 +94,7 @@ def save_hf_directory(
         shard_size: largest size of a weight file, in bytes or as "5GB", "500MB".
         extra_files: file name → text, written beside the weights (model card, recipe, report).
         copy_tokenizer: whether the tokenizer files are copied too.
+        tokenizer: the directory that they come from; None: that of `like`.
         overwrite: replace an existing model directory.
         progress: show a progress bar over the weight files.
 
@@ -106,7 +108,8 @@ def save_hf_directory(
     with atomic_output(out, overwrite=overwrite, directory=True) as temporary:
         # The weights come last: once they are written only the renaming is left that could fail.
         infos = _infos(state)
-        write_companions(temporary, like, infos, extra_files or {}, copy_tokenizer=copy_tokenizer)
+        source = tokenizer or (like.path if like is not None else None)
+        write_companions(temporary, like, infos, extra_files or {}, tokenizer=source if copy_tokenizer else None)
         with closing(ShardedWeights(temporary, infos, shard_bytes)) as files:
             for name in tqdm(files.names, "Writing", unit="tensor", disable=not progress):
                 files.write(name, state[name])
@@ -118,14 +121,17 @@ def write_companions(
     infos: Mapping[str, TensorInfo],
     extra_files: Mapping[str, str],
     *,
-    copy_tokenizer: bool,
+    tokenizer: Path | None,
 ) -> None:
     """All that a model directory holds beside its weights, whose `infos` tell the configuration's dtype.
 
-    The other arguments are those of `save_hf_directory`. Raises OSError where something cannot be written.
+    The tokenizer's files come from the directory `tokenizer`, if any; the other arguments are those of
+    `save_hf_directory`. Raises OSError where something cannot be written.
     """
     if like is not None and like.path.is_dir():
-        _copy_files(like.path, directory, MODEL_FILES + (TOKENIZER_FILES if copy_tokenizer else ()))
+        _copy_files(like.path, directory, MODEL_FILES)
+    if tokenizer is not None and tokenizer.is_dir():
+        _copy_files(tokenizer, directory, TOKENIZER_FILES)
     if like is not None and like.config is not None:
         config = _with_dtype(like.config, _main_dtype(infos))
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

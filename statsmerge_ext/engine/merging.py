@@ -238,9 +238,17 @@ def default_forward(model: nn.Module, batch: object) -> object:
 
 def _plain(value: object) -> object:
     """A hyperparameter as the report shows it, JSON-able."""
-    if value is None or isinstance(value, (bool, int, float, str, list, tuple)):
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return str(value) if isinstance(value, Path) else type(value).__name__
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return (
+        _plain(value.setting)
+        if hasattr(value, "setting")
+        else str(value)
+        if isinstance(value, Path)
+        else type(value).__name__
+    )
 
 
 def _identity(problem: MergeProblem, method: str, hyperparameters: Mapping) -> dict:

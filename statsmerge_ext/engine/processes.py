@@ -9,7 +9,6 @@ from datetime import timedelta
 from itertools import accumulate
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

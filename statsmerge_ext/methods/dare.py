@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.streaming import BLOCK, Piece
-from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.registry import register_method
-from statsmerge_ext.methods.ties import agreeing, joined
-from statsmerge_ext.methods.weights import expert_weights
+from statsmerge_ext.methods.ties import agreeing, densities, joined
+from statsmerge_ext.methods.weights import Weights, by_layer, expert_weights
 
 
 @register_method("dare_linear")
 def dare_linear(
     problem: MergeProblem,
     *,
-    density: float | Sequence[float] = 0.5,
+    density: Weights = 0.5,
     scaling_factor: float = 1.0,
-    weights: float | Sequence[float] | None = None,
+    weights: Weights | None = None,
     rescale: bool = True,
 ) -> Solution:
     """θ = θ_0 + λ Σ_k w_k m_k τ_k / density_k, each entry of the masks m_k being 1 with probability density_k, else 0.
@@ -36,22 +34,23 @@ def dare_linear(
     Raises:
         MethodError: a density outside (0, 1], or a wrong number of densities or weights.
     """
-    shares = expert_weights(weights, len(problem.experts), 1 / len(problem.experts))
+    table = expert_weights(weights, problem, 1 / len(problem.experts))
+    shares = by_layer(problem.layers, table)
     drop = _Drop(problem, density, rescale)
 
     def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        return base + scaling_factor * joined(drop(piece, task_vectors), shares, normalize=False)
+        return base + scaling_factor * joined(drop(piece, task_vectors), shares[piece.layer], normalize=False)
 
-    return problem.map_elements(merge, coefficients=scaling_factor * shares)
+    return problem.map_elements(merge, coefficients=scaling_factor * table)
 
 
 @register_method("dare_ties")
 def dare_ties(
     problem: MergeProblem,
     *,
-    density: float | Sequence[float] = 0.5,
+    density: Weights = 0.5,
     scaling_factor: float = 1.0,
-    weights: float | Sequence[float] | None = None,
+    weights: Weights | None = None,
     rescale: bool = True,
     normalize: bool = False,
 ) -> Solution:
@@ -65,11 +64,13 @@ def dare_ties(
     Raises:
         MethodError: as ``dare_linear``.
     """
-    shares = expert_weights(weights, len(problem.experts), 1.0 if normalize else 1 / len(problem.experts))
+    table = expert_weights(weights, problem, 1.0 if normalize else 1 / len(problem.experts))
+    shares = by_layer(problem.layers, table)
     drop = _Drop(problem, density, rescale)
 
     def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        return base + scaling_factor * joined(agreeing(drop(piece, task_vectors), shares), shares, normalize)
+        of_layer = shares[piece.layer]
+        return base + scaling_factor * joined(agreeing(drop(piece, task_vectors), of_layer), of_layer, normalize)
 
     return problem.map_elements(merge)
 
@@ -77,16 +78,13 @@ def dare_ties(
 class _Drop:
     """Random masks that depend on seed, expert and place alone, whatever pieces the models come in."""
 
-    def __init__(self, problem: MergeProblem, density: float | Sequence[float], rescale: bool) -> None:
-        self._densities = expert_weights(density, len(problem.experts), 1.0, name="density").tolist()
-        for value in self._densities:
-            if not 0 < value <= 1:
-                raise MethodError(f"density: expected a number in (0, 1], got {value}")
+    def __init__(self, problem: MergeProblem, density: Weights, rescale: bool) -> None:
+        self._densities = densities(density, problem)
         self._experts, self._seed, self._rescale = list(problem.experts), problem.seed, rescale
 
     def __call__(self, piece: Piece, task_vectors: list[Tensor]) -> list[Tensor]:
         kept = []
-        for name, density, task_vector in zip(self._experts, self._densities, task_vectors, strict=True):
+        for name, density, task_vector in zip(self._experts, self._densities[piece.layer], task_vectors, strict=True):
             mask = self._uniform(piece, name).to(task_vector.device) < density
             kept.append(task_vector * mask / density if self._rescale else task_vector * mask)
         return kept

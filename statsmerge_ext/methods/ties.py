@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -14,7 +14,7 @@ from statsmerge_ext.engine.thresholds import magnitude_thresholds
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods.registry import register_method
-from statsmerge_ext.methods.weights import expert_weights
+from statsmerge_ext.methods.weights import Weights, by_layer, expert_weights
 
 #: Over what the share of entries that is kept is counted.
 SCOPES = ("model", "layer")
@@ -25,8 +25,8 @@ def ties(
     problem: MergeProblem,
     *,
     scaling_factor: float = 1.0,
-    density: float | Sequence[float] = 0.2,
-    weights: float | Sequence[float] | None = None,
+    density: Weights = 0.2,
+    weights: Weights | None = None,
     scope: str = "model",
     normalize: bool = True,
 ) -> Solution:
@@ -41,13 +41,16 @@ def ties(
         normalize: take the weighted mean; else the weighted sum.
 
     Raises:
-        MethodError: a density outside (0, 1], a wrong number of densities or weights, or an unknown scope.
+        MethodError: a density outside (0, 1] or, for the scope "model", not the same in all layers; a wrong number of
+            densities or weights; an unknown scope.
     """
-    shares = expert_weights(weights, len(problem.experts), 1.0)
+    shares = by_layer(problem.layers, expert_weights(weights, problem, 1.0))
     election = Election(problem, density, shares, scope)
 
     def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        return base + scaling_factor * joined(election.elected(task_vectors, piece.layer), shares, normalize)
+        return base + scaling_factor * joined(
+            election.elected(task_vectors, piece.layer), shares[piece.layer], normalize
+        )
 
     return problem.map_elements(merge)
 
@@ -58,52 +61,63 @@ class Election:
     Args:
         problem: the models.
         density, scope: as in :func:`ties`.
-        weights: [K], how much each expert's entries count in the election; None: alike.
+        weights: layer -> how much each expert's entries count in the election; None: alike.
 
     Raises:
-        MethodError: a density outside (0, 1], a wrong number of them, or an unknown scope.
+        MethodError: as :func:`ties`.
     """
 
     def __init__(
         self,
         problem: MergeProblem,
-        density: float | Sequence[float],
-        weights: Tensor | None = None,
+        density: Weights,
+        weights: Mapping[Layer, Sequence[float]] | None = None,
         scope: str = "model",
     ) -> None:
         if scope not in SCOPES:
             raise MethodError(f"scope: expected one of {SCOPES}, got {scope!r}")
-        densities = expert_weights(density, len(problem.experts), 1.0, name="density").tolist()
-        for value in densities:
-            if not 0 < value <= 1:
-                raise MethodError(f"density: expected a number in (0, 1], got {value}")
-        self._weights = torch.ones(len(problem.experts)) if weights is None else weights
-        if scope == "model":
-            self._thresholds = dict.fromkeys(problem.layers, magnitude_thresholds(problem, problem.layers, densities))
-        else:
-            self._thresholds = {x: magnitude_thresholds(problem, [x], densities) for x in problem.layers}
+        table = densities(density, problem)
+        self._weights = weights or dict.fromkeys(problem.layers, [1.0] * len(problem.experts))
+        if scope == "layer":
+            self._thresholds = {
+                layer: magnitude_thresholds(problem, [layer], of_layer) for layer, of_layer in table.items()
+            }
+            return
+        rows = list(table.values())
+        if any(row != rows[0] for row in rows):
+            raise MethodError("density: one that differs from layer to layer needs the scope 'layer'")
+        thresholds = magnitude_thresholds(problem, problem.layers, rows[0]) if rows else []
+        self._thresholds = dict.fromkeys(problem.layers, thresholds)
 
     def elected(self, task_vectors: Sequence[Tensor], layer: Layer) -> list[Tensor]:
         """Entries of the task vectors of ``layer``, zero where they are trimmed or have lost the election."""
         trimmed = [t * (t.abs() >= cut) for t, cut in zip(task_vectors, self._thresholds[layer], strict=True)]
-        return agreeing(trimmed, self._weights)
+        return agreeing(trimmed, self._weights[layer])
 
 
-def agreeing(task_vectors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+def agreeing(task_vectors: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
     """The task vectors, zero where their sign is not that of their weighted sum."""
-    weighted = [weight * t for weight, t in zip(weights.tolist(), task_vectors, strict=True)]
+    weighted = [weight * t for weight, t in zip(weights, task_vectors, strict=True)]
     sign = total(weighted).sign()
     return [t * (w * sign > 0) for t, w in zip(task_vectors, weighted, strict=True)]
 
 
-def joined(task_vectors: Sequence[Tensor], weights: Tensor, normalize: bool) -> Tensor:
+def joined(task_vectors: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
     """The weighted sum of the task vectors, or, entry by entry, the weighted mean of those that are not zero there."""
-    shares = weights.tolist()
-    merged = total([share * t for share, t in zip(shares, task_vectors, strict=True)])
+    merged = total([weight * t for weight, t in zip(weights, task_vectors, strict=True)])
     if not normalize:
         return merged
-    counts = total([abs(share) * (t != 0).to(t.dtype) for share, t in zip(shares, task_vectors, strict=True)])
+    counts = total([abs(weight) * (t != 0).to(t.dtype) for weight, t in zip(weights, task_vectors, strict=True)])
     return merged / counts.clamp_min_(torch.finfo(merged.dtype).tiny)
+
+
+def densities(density: Weights, problem: MergeProblem) -> dict[Layer, list[float]]:
+    """Layer -> the share of each expert's entries that is kept. Raises MethodError for one outside (0, 1]."""
+    table = by_layer(problem.layers, expert_weights(density, problem, 1.0, name="density"))
+    for value in (value for row in table.values() for value in row):
+        if not 0 < value <= 1:
+            raise MethodError(f"density: expected a number in (0, 1], got {value}")
+    return table
 
 
 def total(tensors: Sequence[Tensor]) -> Tensor:

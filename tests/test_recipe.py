@@ -91,11 +91,11 @@ def test_one_value_for_a_hyperparameter_that_is_not_a_list():
         merge_method: ties
         base_model: base
         models:
-          - {model: a, parameters: {density: 0.5, weight: 1}}
-          - {model: b, parameters: {density: %s, weight: 2}}
+          - {model: a, parameters: {scaling_factor: 0.5, weight: 1}}
+          - {model: b, parameters: {scaling_factor: %s, weight: 2}}
         """
-    assert parse_recipe(text % 0.5).hyperparameters["density"] == 0.5
-    assert "takes one 'density' for all models, got [0.5, 0.7]" in refusal(text % 0.7)
+    assert parse_recipe(text % 0.5).hyperparameters["scaling_factor"] == 0.5
+    assert "takes one 'scaling_factor' for all models, got [0.5, 0.7]" in refusal(text % 0.7)
 
 
 def test_linear_needs_no_base_and_counts_it_where_it_is_a_model():

@@ -66,7 +66,7 @@ def stream(models: Path, out: str = "out", method: str = "task_arithmetic", **op
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("budget", [None, 6 * 32768 * 32])
+@pytest.mark.parametrize("budget", [None, 12 * 65536 * 32])
 def test_the_same_bits_as_in_memory(models, monkeypatch, method, budget):
     in_memory = {name: dict(open_checkpoint(models / name)) for name in ("base", "a", "b")}
     base = in_memory.pop("base")
@@ -138,7 +138,7 @@ def test_a_single_file_carries_the_recipe(models):
 
 def test_killed_at_random_moments_the_same_command_ends_in_the_same_files(tmp_path):
     """SIGKILL from outside at random moments, and just before random changes of files, fifty times in all."""
-    models = save_family(tmp_path, rows=2000)
+    models = save_family(tmp_path, rows=1200)
     recipe = write_recipe(models, "dare_linear", parameters=METHODS["dare_linear"])
     command = [sys.executable, "-m", "tests.kill_merges", str(recipe), str(tmp_path), "50"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -100,7 +100,10 @@ class Adapter:
             elif "lora_magnitude_vector" in key:
                 raise CheckpointError(f"{path}: is refused: {_REFUSED['use_dora']}")
             else:
-                self.replaced[self._name_in(base, key)] = key
+                name = self._name_in(base, key.replace(".base_layer.", "."))
+                # PEFT saves an adapted embedding beside its factors, whether it is another than the base's or not.
+                if ".base_layer." not in key or not torch.equal(self.weights[key], base[name].to(self.weights[key])):
+                    self.replaced[name] = key
         for (module, embedding), pair in pairs.items():
             self._add(base, module, embedding, pair)
 
@@ -175,9 +178,8 @@ class AdaptedExpert:
 
     def read(self, name: str) -> Tensor:
         dtype = self.infos[name].dtype
-        if name in self.adapter.replaced:
-            return self.adapter.weights[self.adapter.replaced[name]].to(dtype)
-        weight = self._base[name].to(dtype)
+        whole = self.adapter.replaced.get(name)
+        weight = (self._base[name] if whole is None else self.adapter.weights[whole]).to(dtype)
         if name in self.adapter.factors:
             weight = weight + self.adapter.factors[name].product(dtype).reshape(weight.shape).to(weight.device)
         return weight

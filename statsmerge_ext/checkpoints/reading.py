@@ -170,8 +170,6 @@ class _SafetensorsFile:
         try:
             if self._file is None:
                 self._file = open(self.path, "rb", buffering=0)
-            # Most callers go on where they stopped: the disk may fetch what follows while this is computed.
-            os.posix_fadvise(self._file.fileno(), position + size, size, os.POSIX_FADV_WILLNEED)
             while rest:
                 count = os.preadv(self._file.fileno(), [rest], position)
                 if not count:

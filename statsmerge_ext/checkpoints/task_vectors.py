@@ -42,6 +42,7 @@ from statsmerge_ext.ops import QuantizedTensor
 FORMAT = "statsmerge-task-vector-1"
 SHARED = "shared.safetensors"
 _PARTS = ("codes", "scale", "zero_point")
+_RUN = 2**20  # elements quantised at a time, a multiple of 8
 
 
 def open_expert(path: str | os.PathLike, base: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Checkpoint:
@@ -171,10 +172,14 @@ class _Content:
         if delta.dim() < 2:
             self._file.write(name, delta.float())
             return delta.float()
-        quantized = QuantizedTensor.quantize(delta, self._bits, self._group_size)
-        for part in _PARTS:
-            self._file.write(f"{name}.{part}", getattr(quantized, part))
-        return quantized.dequantize()
+        values = torch.empty(delta.numel())
+        for first, quantized in _quantized_runs(delta.reshape(-1), self._bits, self._group_size):
+            group = first // (self._group_size or max(1, delta.numel()))
+            self._file.write(f"{name}.codes", quantized.codes, first // 8 * self._bits)
+            self._file.write(f"{name}.scale", quantized.scale, group)
+            self._file.write(f"{name}.zero_point", quantized.zero_point, group)
+            values[first : first + quantized.shape.numel()] = quantized.dequantize()
+        return values.view(delta.shape)
 
     def close(self) -> None:
         self._file.close()
@@ -256,6 +261,23 @@ def _differences(
             delta = run_of(expert, name, 0, shape.numel()).float() - start
             deltas.append(check_finite(name, delta.view(shape), getattr(expert, "path", "expert")))
         yield name, deltas
+
+
+def _quantized_runs(flat: Tensor, bits: int, group_size: int | None) -> Iterator[tuple[int, QuantizedTensor]]:
+    """(first element, quantised run) of a flat tensor: together what quantising it at once gives, in less memory."""
+    step = _RUN if group_size is None else -(-_RUN // group_size) * group_size
+    ends = flat.new_empty(0) if group_size or not len(flat) else torch.stack(flat.aminmax())
+    for first in range(0, len(flat), step):
+        run = flat[first : first + step]
+        if group_size is not None:
+            yield first, QuantizedTensor.quantize(run, bits, group_size)
+            continue
+        # With its ends behind it, a run of a single group gets the scale of the whole; their codes are left out again.
+        padding = run[-1:].expand(-len(run) % 8)
+        quantized = QuantizedTensor.quantize(torch.cat([run, padding, ends]), bits, None)
+        codes = quantized.codes[: -(-len(run) // 8) * bits]
+        whole = _group_size(run.shape, None)
+        yield first, QuantizedTensor(codes, quantized.scale, quantized.zero_point, bits, whole, run.shape)
 
 
 def _group_size(shape: torch.Size, group_size: int | None) -> int:

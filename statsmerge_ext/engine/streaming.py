@@ -1,6 +1,6 @@
 """Reading models piece by piece while earlier pieces are computed and written, in bounded memory.
 
-A thread reads ahead, the processor's threads compute, and results come back in order, so that whoever takes them can
+Threads read ahead, others compute, and results come back in order, so that whoever takes them can
 write one piece while the next ones are on their way.
 """
 
@@ -24,7 +24,8 @@ BLOCK = 65536
 #: Bytes of models that are in memory at a time, unless the caller says otherwise.
 DEFAULT_BUDGET = 2**29
 _LONGEST = 32 * BLOCK  # of a piece: long enough for the disk's full speed; more would only take memory
-_IN_FLIGHT = 6  # pieces: read, computed by two threads, written, and one waiting before and after them
+_READERS = 2  # threads: the disk is busy while what it brought is copied
+_IN_FLIGHT = 12  # pieces: read, computed and written, and some waiting in between
 
 Result = TypeVar("Result")
 
@@ -107,7 +108,7 @@ class Stream:
         ``compute`` gets flat tensors as they are stored. It is called from several threads at once unless layers are
         whole; then it is called from this one.
         """
-        readers = ThreadPoolExecutor(1, "read")
+        readers = ThreadPoolExecutor(_READERS, "read")
         threads = torch.get_num_threads()
         # Pieces are computed side by side, each by one thread: setting that concerns the pool's own threads only, and
         # what torch remembers of it for later ones is set back below.
@@ -151,7 +152,10 @@ class Stream:
         if not self._can_be_cut(piece.layer):
             base, *experts = (piece.read(state) for state in self._states)
             return None, base, experts
-        memory = free.pop() if free else torch.empty(self._slot, dtype=torch.uint8)
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = torch.empty(self._slot, dtype=torch.uint8)
         parts = memory.split(self._slot // len(self._states) // 64 * 64)
         base, *experts = (piece.read(state, part) for state, part in zip(self._states, parts))
         return memory, base, experts

@@ -33,7 +33,9 @@ def magnitude_thresholds(problem: MergeProblem, layers: list[Layer], densities: 
     wide = any(dtype_of(state, x.parameter) == torch.float64 for state in states for x in layers)
     stream = problem.stream(layers, whole=False)
     count = sum(piece.count for piece in stream.pieces)
-    searches = [_Search(max(1, round(density * count)), 2**63 if wide else 2**31) for density in densities]
+    infinity = torch.tensor(math.inf, dtype=torch.float64 if wide else torch.float32)
+    highest = int(infinity.view(_INTEGERS[infinity.dtype]))  # the integer above those of all finite magnitudes
+    searches = [_Search(max(1, round(density * count)), highest) for density in densities]
     for search, sample, density in zip(searches, _samples(problem, stream, wide), densities, strict=True):
         search.start(sample, density)
 
@@ -55,7 +57,7 @@ def magnitude_thresholds(problem: MergeProblem, layers: list[Layer], densities: 
                 total += counted
         for search, total in zip(searches, totals, strict=True):
             search.narrow(processes.add_up_(total).tolist())
-    dtype = torch.float64 if wide else torch.float32
+    dtype = infinity.dtype
     return [float(torch.tensor(search.threshold, dtype=_INTEGERS[dtype]).view(dtype)) for search in searches]
 
 

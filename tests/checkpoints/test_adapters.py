@@ -99,6 +99,21 @@ def test_whole_tensors_replace_the_base(tmp_path, base):
     assert torch.equal(open_expert(tmp_path / "lora", open_checkpoint(base))["enc.q.bias"], torch.ones(12))
 
 
+def test_an_embedding_that_is_saved_beside_its_factors(tmp_path, base):
+    """As PEFT does: the same as the base's it says nothing; another one is what the factors are added to."""
+    state = open_checkpoint(base)
+    key = "base_model.model.embed_tokens.base_layer.weight"
+    for label, saved in (("same", state["embed_tokens.weight"]), ("other", torch.ones(20, 8))):
+        factors = save_adapter(tmp_path / label, modules=("embed_tokens",), extra={key: saved.clone()})
+        a, b = factors["embed_tokens"]
+        expert = open_expert(tmp_path / label, state)
+        expected = saved.double() + 5 / 3 * (b @ a).T
+        torch.testing.assert_close(expert["embed_tokens.weight"].double(), expected, rtol=1e-5, atol=1e-5)
+    merge_adapters(write_recipe(tmp_path, experts=["same"]), tmp_path / "merged")
+    with pytest.raises(CheckpointError, match="holds whole tensors besides factors"):
+        merge_adapters(write_recipe(tmp_path, experts=["other"]), tmp_path / "refused")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -68,7 +68,7 @@ def merge_adapters(
             f"method {recipe.method!r}: its result is not the base plus weighted task vectors, so it has no factors; "
             "merge into a full model, and extract an adapter from that"
         )
-    table = solved.coefficients()
+    table = solved.coefficients
     rows = dict(zip(table["names"], table["values"].tolist(), strict=True))
     merged, kept = {}, {}
     for weight in dict.fromkeys(weight for adapter in adapters.values() for weight in adapter.factors):

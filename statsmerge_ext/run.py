@@ -110,14 +110,15 @@ def run_merge(
         of_model = {name: module_state(expert, model) for name, expert in experts.items()}
         data = {"calibration": batches, "journal": journal}
         solved = solve(recipe.method, base=model, experts=of_model, **data, **options, **recipe.hyperparameters)
-        result = solved.computed(model)
-        state = _finished(stored_state(result.model, result.state), base, recipe.out_dtype)
+        merged = solved.computed(model)
+        state = _finished(stored_state(merged.model, merged.state), base, recipe.out_dtype)
     else:
         solved = solve(recipe.method, base=base, experts=experts, **options, **recipe.hyperparameters)
         streamed = streamed and isinstance(solved.solution.parameters, MergedLayers)
-        state = None if streamed else _finished(solved.computed(None).state, base, recipe.out_dtype)
-    report = {**solved.report(), "plan": plan}
-    files = accompanying_files(recipe, report, solved.coefficients(), solved.solution.learner)
+        merged = solved if streamed else solved.computed(None)
+        state = None if streamed else _finished(merged.state, base, recipe.out_dtype)
+    report = {**merged.report, "plan": plan}
+    files = accompanying_files(recipe, report, merged.coefficients, merged.learner)
     if streamed:
         tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
         write_streamed(
@@ -131,7 +132,7 @@ def run_merge(
             companions=lambda directory: write_companions(directory, base, infos, files, tokenizer=tokenizer),
             progress=progress,
         )
-        report = {**solved.report(), "plan": plan}
+        report = {**solved.report, "plan": plan}
         if processes.rank() == 0 and not _is_file(out):
             # What was written said all but how long it took; the model is in its place, so this may fail.
             with suppress(CheckpointError), atomic_output(out / REPORT, overwrite=True) as temporary:

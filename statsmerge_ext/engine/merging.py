@@ -122,24 +122,33 @@ class Solved:
     collected: float
 
     def computed(self, module: nn.Module | None) -> MergeResult:
-        """The whole result in memory; ``module`` is the base's, if it has one."""
+        """The whole result in memory; ``module`` is the base's, if it has one. This gives everything else away."""
         problem, solution = self.problem, self.solution
         if isinstance(solution.parameters, MergedLayers):
             solution.parameters = solution.parameters.computed()
         if problem.journal:
             problem.journal.remove()
         state = _complete(problem, solution, self.facts["buffers"])
-        model = None
-        if module is not None:  # a new copy: the method's own may be frozen, or in another mode
-            model = copy.deepcopy(module)
-            model.load_state_dict(state)
-        return MergeResult(state, model, self.coefficients(), solution.learner, self.report())
+        result = MergeResult(state, None, self.coefficients, solution.learner, self.report)
+        if module is not None:
+            # A new copy: the method's own may be frozen, or in another mode. It and the evidence are let go of before.
+            del problem, solution, self.problem, self.solution
+            result.model = copy.deepcopy(module)
+            result.model.load_state_dict(state)
+        return result
 
+    @property
+    def learner(self) -> object | None:
+        """As in :class:`MergeResult`."""
+        return self.solution.learner
+
+    @property
     def report(self) -> dict:
         """JSON-able facts: method, experts, seconds until now, what became of each kind of layer."""
         seconds = {"evidence": self.collected - self.started, "merge": time.perf_counter() - self.collected}
         return {**self.facts, "seconds": seconds, **self.solution.notes}
 
+    @property
     def coefficients(self) -> dict | None:
         """As in :class:`MergeResult`."""
         if self.solution.coefficients is None:

@@ -266,7 +266,7 @@ def test_typos_are_refused_with_line_and_nearest_key(text, message):
         (BASE + "parameters: 3\n", "r.yaml:6:1: parameters: expected a mapping"),
         (
             BASE.replace("model: a", "{model: a, parameters: {weight: [0, x]}}"),
-            "r.yaml:4:41: models[0].parameters.weight[1]: expected a mapping",
+            "r.yaml:4:38: models[0].parameters.weight[0]: expected a mapping",
         ),
         (
             BASE.replace("model: a", "{model: a, parameters: {weight: []}}"),

@@ -42,13 +42,16 @@ def magnitude_thresholds(problem: MergeProblem, layers: list[Layer], densities: 
     mine = processes.share(stream.pieces, [piece.count for piece in stream.pieces])
 
     def tally(piece: Piece, base: Tensor, experts: list[Tensor]) -> list[Tensor]:
-        counts = [torch.zeros(_BINS + 1, dtype=torch.int64) for _ in searches]
-        for start in range(0, piece.count, BLOCK):
+        near: list[list[Tensor]] = [[] for _ in searches]
+        above = [0 for _ in searches]
+        for start in range(0, max(piece.count, 1), BLOCK):
             cut = slice(start, start + BLOCK)
             blocks = _bits(problem, piece, base[cut], [expert[cut] for expert in experts], wide)
-            for search, bits, counted in zip(searches, blocks, counts, strict=True):
-                search.tally(bits, counted)
-        return counts
+            for place, (search, bits) in enumerate(zip(searches, blocks, strict=True)):
+                is_above = bits >= search.end
+                above[place] += int(is_above.count_nonzero())
+                near[place].append(bits[(bits >= search.begin) ^ is_above])
+        return [search.counts(torch.cat(of_expert), n) for search, of_expert, n in zip(searches, near, above)]
 
     while any(search.threshold is None for search in searches):
         totals = [torch.zeros(_BINS + 1, dtype=torch.int64) for _ in searches]
@@ -105,12 +108,10 @@ class _Search:
         first, last = (min(max(int(at), 0), len(sample) - 1) for at in (place - margin, place + margin))
         self._look(int(sample[first]), int(sample[last]) + 1)
 
-    def tally(self, bits: Tensor, counts: Tensor) -> None:
-        """Add what ``bits`` has in the bins, and above them all, to ``counts`` [bins + 1]."""
-        above = bits >= self.end
-        counts[_BINS] += above.sum()
-        inside = bits[(bits >= self.begin) & ~above]
-        counts[:_BINS] += torch.bincount((inside - self.begin) >> self.shift, minlength=_BINS)
+    def counts(self, near: Tensor, above: int) -> Tensor:
+        """[bins + 1]: how many of the magnitudes in [begin, end) are in each bin, and how many are above them all."""
+        bins = torch.bincount((near - self.begin) >> self.shift, minlength=_BINS)
+        return torch.cat([bins, bins.new_tensor([above])])
 
     def narrow(self, counts: list[int]) -> None:
         """Look next where the ``counts`` of a sweep put the threshold."""

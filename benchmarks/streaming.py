@@ -119,10 +119,11 @@ def copy(directory: Path) -> None:
         path.unlink()
 
 
-def write_recipe(directory: Path, method: str) -> Path:
+def write_recipe(directory: Path, method: str, dtype: str) -> Path:
     parameters = RECIPES[method]
     models = [{"model": str(directory / name), "parameters": parameters["each"]} for name in EXPERTS]
-    recipe = {"merge_method": method, "models": models, "parameters": parameters["parameters"], "dtype": "bfloat16"}
+    recipe = {"merge_method": method, "models": models, "parameters": parameters["parameters"]}
+    recipe |= {"dtype": dtype, "out_dtype": "bfloat16"}
     if method != "linear":
         recipe["base_model"] = str(directory / "base")
     path = directory / f"{method}.yml"
@@ -142,18 +143,20 @@ def run(command: list[str], out: Path) -> float:
 
 
 def compare(directory: Path, method: str) -> dict:
-    """How far the two outputs are apart: in units of bfloat16's resolution at the larger of the two values."""
+    """How far the two outputs are apart, in steps of bfloat16 at the largest of the two values and the base's."""
     ours, theirs = (open_checkpoint(directory / f"{kind}-{method}") for kind in ("merge", "mergekit"))
-    differing, worst, count = 0, 0.0, 0
+    base = open_checkpoint(directory / "base")
+    steps = [0, 0, 0]  # the same; by one step at most; by more
     for name in ours:
         for first in range(0, ours.shape(name).numel(), _CHUNK):
             last = min(first + _CHUNK, ours.shape(name).numel())
-            a, b = (state.run(name, first, last).float() for state in (ours, theirs))
-            unit = torch.maximum(a.abs(), b.abs()) * 2.0**-8
-            differing += int((a != b).sum())
-            worst = max(worst, float(((a - b).abs() / unit.clamp_min(1e-30)).max()))
-            count += last - first
-    return {"differing": differing / count, "largest_difference_in_bfloat16_epsilons": worst}
+            a, b, start = (state.run(name, first, last).float() for state in (ours, theirs, base))
+            step = torch.maximum(torch.maximum(a.abs(), b.abs()), start.abs()) * 2.0**-7
+            apart = (a - b).abs()
+            same, near = int((apart == 0).sum()), int((apart <= step).sum())
+            for place, count in enumerate((same, near - same, len(a) - near)):
+                steps[place] += count
+    return dict(zip(("same", "one_step", "more"), (count / sum(steps) for count in steps), strict=True))
 
 
 def main() -> None:
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("method", nargs="?", choices=RECIPES)
     parser.add_argument("--billions", type=float, default=3.0)
     parser.add_argument("--warm", action="store_true", help="leave the inputs in the page cache")
+    parser.add_argument("--dtype", default="bfloat16", help="what mergekit computes in; we always do in float32")
     options = parser.parse_args()
     if options.action == "make":
         return make(options.directory, options.billions)
@@ -179,7 +183,7 @@ def main() -> None:
         seconds = time.perf_counter() - began
     else:
         recipe, out = (
-            write_recipe(options.directory, options.method),
+            write_recipe(options.directory, options.method, options.dtype),
             options.directory / f"{options.action}-{options.method}",
         )
         program = {

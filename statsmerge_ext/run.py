@@ -28,7 +28,7 @@ from statsmerge_ext.checkpoints.partial import partial_path
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from statsmerge_ext.checkpoints.writing import atomic_output, check_output, parse_size, write_companions
 from statsmerge_ext.engine import processes
-from statsmerge_ext.engine.merging import solve
+from statsmerge_ext.engine.merging import Solved, solve
 from statsmerge_ext.engine.problem import MergedLayers
 from statsmerge_ext.errors import CheckpointError
 from statsmerge_ext.model_card import REPORT, accompanying_files
@@ -114,32 +114,18 @@ def run_merge(
         state = _finished(stored_state(merged.model, merged.state), base, recipe.out_dtype)
     else:
         solved = solve(recipe.method, base=base, experts=experts, **options, **recipe.hyperparameters)
-        streamed = streamed and isinstance(solved.solution.parameters, MergedLayers)
-        merged = solved if streamed else solved.computed(None)
-        state = None if streamed else _finished(merged.state, base, recipe.out_dtype)
+        if streamed and isinstance(solved.solution.parameters, MergedLayers):
+            identity = _identity(recipe, base, experts, device, shard_bytes, options)
+            tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
+            writing = {"resume": resume, "shard_bytes": None if _is_file(out) else shard_bytes, "progress": progress}
+            return _write_streamed(recipe, solved, out, base, infos, plan, identity, tokenizer, **writing)
+        merged = solved.computed(None)
+        state = _finished(merged.state, base, recipe.out_dtype)
     report = {**merged.report, "plan": plan}
     files = accompanying_files(recipe, report, merged.coefficients, merged.learner)
-    if streamed:
-        tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
-        write_streamed(
-            solved,
-            out,
-            infos,
-            _identity(recipe, base, experts, device, shard_bytes, options),
-            resume=resume,
-            shard_bytes=None if _is_file(out) else shard_bytes,
-            metadata=files,
-            companions=lambda directory: write_companions(directory, base, infos, files, tokenizer=tokenizer),
-            progress=progress,
-        )
-        report = {**solved.report, "plan": plan}
-        if processes.rank() == 0 and not _is_file(out):
-            # What was written said all but how long it took; the model is in its place, so this may fail.
-            with suppress(CheckpointError), atomic_output(out / REPORT, overwrite=True) as temporary:
-                temporary.write_text(accompanying_files(recipe, report, None)[REPORT], encoding="utf-8")
-    elif processes.rank() > 0:
+    if processes.rank() > 0:
         return report  # every process has the whole result; one writes it
-    elif _is_file(out):
+    if _is_file(out):
         save_state_dict(state, out, metadata=files, overwrite=overwrite)
     else:
         save_hf_directory(
@@ -153,6 +139,33 @@ def run_merge(
             overwrite=overwrite,
             progress=progress,
         )
+    return report
+
+
+def _write_streamed(
+    recipe: Recipe,
+    solved: Solved,
+    out: Path,
+    base: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    plan: dict,
+    identity: dict,
+    tokenizer: Path | None,
+    **writing,
+) -> dict:
+    """Compute and write a merge at once, with what belongs beside the weights; returns the report."""
+    report = {**solved.report, "plan": plan}
+    files = accompanying_files(recipe, report, solved.coefficients, solved.learner)
+
+    def companions(directory: Path) -> None:
+        write_companions(directory, base, infos, files, tokenizer=tokenizer)
+
+    write_streamed(solved, out, infos, identity, metadata=files, companions=companions, **writing)
+    report = {**solved.report, "plan": plan}
+    if processes.rank() == 0 and out.is_dir():
+        # What was written says all but how long it took; the model is in its place, so this may fail.
+        with suppress(CheckpointError), atomic_output(out / REPORT, overwrite=True) as temporary:
+            temporary.write_text(accompanying_files(recipe, report, None)[REPORT], encoding="utf-8")
     return report
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,7 +33,7 @@ from statsmerge_ext.engine.streaming import Piece
 # How much work an interruption may cost. Saving waits for the disk, but nothing waits for saving.
 _SECONDS_BETWEEN_SAVES = 2.0
 # What an estimate merges: enough to see the disk at work, and at least this share of all.
-_SAMPLE_BYTES, _SAMPLE_SHARE = 2**27, 0.02
+_SAMPLE_BYTES, _SAMPLE_SHARE = 2**29, 0.1
 
 
 def write_streamed(
@@ -102,7 +102,7 @@ def estimate(
     out: Path,
     **options: object,
 ) -> dict[str, float]:
-    """What a merge will need, from merging a sample of its tensors into a file beside ``out`` that is then removed.
+    """What a merge will need, from merging samples of its tensors into files beside ``out`` that are then removed.
 
     Args:
         method, base, experts: as for :func:`solve`, with the further ``options``.
@@ -117,23 +117,34 @@ def estimate(
     sizes = {name: infos[name].nbytes for name in floating_names(base)}
     names = list(sizes)
     random.Random(0).shuffle(names)
-    enough = max(_SAMPLE_BYTES, _SAMPLE_SHARE * sum(sizes.values()))
-    reached = accumulate(sizes[name] for name in names)
-    sample = {name: name for name, before in zip(names, chain((0,), reached)) if before < enough}
-    start = time.perf_counter()
-    of_sample = {name: Renamed(expert, sample) for name, expert in experts.items()}
-    solved = solve(method, base=Renamed(base, sample), experts=of_sample, **options)
     parent = next(parent for parent in out.absolute().parents if parent.exists())
-    with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
-        file = Path(directory) / "sample.safetensors"
-        write_streamed(solved, file, {name: infos[name] for name in sample}, {}, resume=False, shard_bytes=None)
-    seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def seconds_for(sample: dict[str, str]) -> float:
+        began = time.perf_counter()
+        of_sample = {name: Renamed(expert, sample) for name, expert in experts.items()}
+        solved = solve(method, base=Renamed(base, sample), experts=of_sample, **options)
+        with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
+            file = Path(directory) / "sample.safetensors"
+            write_streamed(solved, file, {name: infos[name] for name in sample}, {}, resume=False, shard_bytes=None)
+        return time.perf_counter() - began
+
+    # Two samples, a small one and a large one, tell what every byte costs from what every merge costs.
+    enough = max(_SAMPLE_BYTES, _SAMPLE_SHARE * sum(sizes.values()))
+    reached = list(accumulate((sizes[name] for name in names), initial=0))
+    small = {name: name for name, before in zip(names, reached) if before < enough / 5}
+    large = {name: name for name, before in zip(names, reached) if before < enough and name not in small}
+    total, of_small = sum(sizes.values()), sum(sizes[name] for name in small)
+    of_large = sum(sizes[name] for name in large)
+    seconds = seconds_for(small) * total / max(1, of_small)
+    if of_large > of_small:
+        first, second = seconds * of_small / total, seconds_for(large)
+        rate = max(second - first, 0) / (of_large - of_small) or second / of_large
+        seconds = second + rate * (total - of_large)
     states = [base, *experts.values()]
     return {
         "bytes_read": sum(shape_of(state, n).numel() * dtype_of(state, n).itemsize for state in states for n in names),
-        "seconds": seconds * sum(sizes.values()) / max(1, sum(sizes[name] for name in sample)),
-        "memory": peak,
+        "seconds": seconds,
+        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
 

@@ -136,6 +136,8 @@ def estimate(
     total, of_small = sum(sizes.values()), sum(sizes[name] for name in small)
     of_large = sum(sizes[name] for name in large)
     seconds = seconds_for(small) * total / max(1, of_small)
+    # The first sample fills all buffers; a second one in the same process would only add what the first has freed.
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if of_large > of_small:
         first, second = seconds * of_small / total, seconds_for(large)
         rate = max(second - first, 0) / (of_large - of_small) or second / of_large
@@ -144,7 +146,7 @@ def estimate(
     return {
         "bytes_read": sum(shape_of(state, n).numel() * dtype_of(state, n).itemsize for state in states for n in names),
         "seconds": seconds,
-        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "memory": peak,
     }
 
 

@@ -15,7 +15,9 @@ from statsmerge_ext import __version__
 from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, quantize_expert, quantize_experts
 from statsmerge_ext.distillation.run import run_distillation
 from statsmerge_ext.distillation.student import StudentTraining
+from statsmerge_ext.engine import processes
 from statsmerge_ext.errors import CheckpointError, StatsMergeError
+from statsmerge_ext.lora import extract_adapter, merge_adapters
 from statsmerge_ext.memory import keep_freed_memory
 from statsmerge_ext.methods import get_method, list_methods
 from statsmerge_ext.ops.quantized import BITS
@@ -54,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"statsmerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command, text: str) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(name, parents=[common], help=text, description=text)
+    def add(name: str, command, text: str, to=commands) -> argparse.ArgumentParser:
+        subparser = to.add_parser(name, parents=[common], help=text, description=text)
         subparser.set_defaults(command=command)
         return subparser
 
@@ -72,8 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     merging.add_argument("--random-seed", default=0, type=int, metavar="N", help="seed of the method (default: 0)")
     merging.add_argument("--overwrite", action="store_true", help="replace an existing model at OUT")
-    merging.add_argument("--resume", action="store_true", help="take up an interrupted merge where it was")
-    merging.add_argument("--dry-run", action="store_true", help="check everything, say what would be written, stop")
+    merging.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take up an interrupted run of the same merge where it was (default: yes)",
+    )
+    merging.add_argument(
+        "--memory-budget", metavar="SIZE", help="what a streamed merge may hold of the models (default: 512MiB)"
+    )
+    merging.add_argument("--dry-run", action="store_true", help="check everything, say what it would take, stop")
 
     quantize = add("quantize", _quantize, "Store experts as quantised task vectors, which every method reads.")
     quantize.add_argument("base", metavar="BASE", type=Path, help="the pretrained checkpoint")
@@ -88,6 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--shared-bits", type=int, choices=BITS, default=3, help="of that file (default: 3)")
     quantize.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+
+    lora = commands.add_parser("lora", help="Merge LoRA adapters, or extract one.").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    adapters = add("merge", _lora_merge, "Merge the adapters of a recipe into one, in factored form.", lora)
+    adapters.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file whose experts are adapters")
+    extracting = add("extract", _lora_extract, "Extract an adapter from the task vector of a model.", lora)
+    extracting.add_argument("base", metavar="BASE", type=Path, help="the pretrained checkpoint")
+    extracting.add_argument("model", metavar="MODEL", type=Path, help="one fine-tuned from it, or merged on it")
+    for command in (adapters, extracting):
+        command.add_argument("out", metavar="OUT", type=Path, help="directory to make")
+        command.add_argument("--rank", type=int, metavar="R", required=command is extracting, help="of the factors")
+        command.add_argument("--overwrite", action="store_true", help="replace an existing adapter at OUT")
 
     distilling = add("distill", _distill, "Distil a teacher of another architecture into a student that can be merged.")
     distilling.add_argument("--teacher", required=True, metavar="PATH", type=Path, help="a classifier's directory")
@@ -145,23 +168,31 @@ def _device(name: str) -> torch.device:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    report = run_merge(
-        options.recipe,
-        options.out,
-        device=options.device,
-        out_shard_size=options.out_shard_size,
-        copy_tokenizer=options.copy_tokenizer,
-        random_seed=options.random_seed,
-        overwrite=options.overwrite,
-        resume=options.resume,
-        dry_run=options.dry_run,
-        progress=not options.quiet,
-    )
+    with processes.joined():
+        quiet = options.quiet or processes.rank() > 0
+        report = run_merge(
+            options.recipe,
+            options.out,
+            device=options.device,
+            out_shard_size=options.out_shard_size,
+            copy_tokenizer=options.copy_tokenizer,
+            random_seed=options.random_seed,
+            memory_budget=options.memory_budget,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            dry_run=options.dry_run,
+            progress=not quiet,
+        )
     plan = report["plan"]
     size = f"{plan['tensors']} tensors, {plan['bytes'] / 1e6:.1f} MB, {', '.join(plan['dtypes'])}"
     if options.dry_run:
         print(f"would write {options.out}: {size}")
-    elif not options.quiet:
+        if "seconds" in plan:
+            print(
+                f"would read {plan['bytes_read'] / 1e6:.1f} MB and take about {plan['seconds']:.1f} s "
+                f"and {plan['memory'] / 1e6:.0f} MB of memory"
+            )
+    elif not quiet:
         print(f"wrote {options.out}: {size}")
 
 
@@ -184,6 +215,33 @@ def _quantize(options: argparse.Namespace) -> None:
         )
     if not options.quiet:
         print(f"wrote {options.out}")
+
+
+def _lora_merge(options: argparse.Namespace) -> None:
+    _say_kept(options, merge_adapters(options.recipe, options.out, rank=options.rank, overwrite=options.overwrite))
+
+
+def _lora_extract(options: argparse.Namespace) -> None:
+    report = extract_adapter(
+        options.base,
+        options.model,
+        options.out,
+        rank=options.rank,
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+    )
+    _say_kept(options, report)
+    if report["left_out"] and not options.quiet:
+        print(f"left out {len(report['left_out'])} changed tensors that take no factors: {report['left_out'][0]}, …")
+
+
+def _say_kept(options: argparse.Namespace, report: dict) -> None:
+    if not options.quiet:
+        kept = report["kept"].values()
+        print(
+            f"wrote {options.out}: {report['modules']} modules, rank {report['rank']}; kept of the norm of their "
+            f"changes: {min(kept):.1%} to {max(kept):.1%}"
+        )
 
 
 def _distill(options: argparse.Namespace) -> None:

@@ -27,5 +27,9 @@ class MethodError(StatsMergeError):
     """A merging method is unknown or was given hyperparameters it does not take."""
 
 
+class ProcessError(StatsMergeError):
+    """One of several processes that do a merge together has ended, or cannot be reached."""
+
+
 class DataError(StatsMergeError):
     """Data of a task suite is missing or damaged."""

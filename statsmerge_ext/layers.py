@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from statsmerge_ext.checkpoints.compatibility import floating_names, shape_of
+
 #: What a layer is. "other" is a parameter that no rule below knows (a bare ``nn.Parameter`` such as a class token).
 KINDS = ("linear", "conv", "scale", "bias", "embedding", "other")
 
@@ -99,9 +101,9 @@ def layers_of_state(state: Mapping[str, Tensor]) -> list[Layer]:
     They carry no evidence, which is all that data-free methods need. The statistics of a BatchNorm are no layers.
     """
     return [
-        Layer(name=key, parameter=key, kind="linear" if tensor.dim() > 1 else "bias")
-        for key, tensor in state.items()
-        if tensor.is_floating_point() and not key.endswith(_BUFFER_SUFFIXES)
+        Layer(name=key, parameter=key, kind="linear" if len(shape_of(state, key)) > 1 else "bias")
+        for key in floating_names(state)
+        if not key.endswith(_BUFFER_SUFFIXES)
     ]
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from statsmerge_ext.recipe import Recipe
 
+REPORT = "merge_report.json"
 CARD = """---
 {front_matter}---
 # {title}
@@ -42,7 +43,7 @@ def accompanying_files(
     files = {
         "README.md": _card(recipe, report, coefficients is not None, learner is not None),
         "recipe.yaml": recipe.text,
-        "merge_report.json": json.dumps(report, indent=2) + "\n",
+        REPORT: json.dumps(report, indent=2) + "\n",
     }
     if coefficients is not None:
         values = coefficients["values"].tolist()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from statsmerge_ext.errors import MethodError, RecipeError
 from statsmerge_ext.located_yaml import Keys, LocatedYaml
 from statsmerge_ext.methods import Method, get_method
 from statsmerge_ext.methods.registry import nearest
+from statsmerge_ext.methods.weights import Schedule
 
 KEYS = (
     "merge_method",
@@ -38,6 +39,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat1
 BUFFERS = ("average", "reestimate")
 #: mergekit's names of parameters → the methods' hyperparameters.
 ALIASES = {"weight": "weights", "lambda": "scaling_factor"}
+#: mergekit's parameters that concern its own use of memory, not the result.
+WITHOUT_EFFECT = frozenset({"int8_mask"})
 #: Averages of the experts' weights need no base; the first model then gives configuration and tokenizer.
 METHODS_WITHOUT_BASE = frozenset({"linear"})
 
@@ -66,6 +69,7 @@ class Recipe:
         out_dtype: dtype of the written weights; None: the base's.
         buffers: "average" or "reestimate".
         calibration: unlabelled samples, for methods that look at data; else None.
+        tokenizer: the directory that the output's tokenizer and chat template come from; None: the base's.
     """
 
     method: str
@@ -76,6 +80,7 @@ class Recipe:
     out_dtype: torch.dtype | None = None
     buffers: str = "average"
     calibration: CalibrationSource | None = None
+    tokenizer: Path | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -130,9 +135,9 @@ def parse_recipe(text: str, *, directory: str | os.PathLike = ".", name: str = "
         out_dtype=_read_dtype(document, content),
         buffers=_read_buffers(document, content),
         calibration=_read_calibration(document, content, [model.name for model in models], Path(directory)),
+        tokenizer=_read_tokenizer(document, content, base, models, Path(directory)),
         text=text,
     )
-    _check_tokenizer(document, content)
     if recipe.needs_data and recipe.calibration is None:
         raise document.error((), f"calibration: missing; method {method.name!r} needs unlabelled samples of each task")
     if recipe.calibration is not None and not recipe.needs_data:
@@ -208,6 +213,8 @@ def _read_hyperparameters(
     shared = {} if shared is None else document.mapping(shared, ("parameters",))
     hyperparameters = {}
     for key, value in shared.items():
+        if key in WITHOUT_EFFECT:
+            continue
         name = _hyperparameter(document, method, key, ("parameters", key))
         if name in hyperparameters:
             raise document.error(("parameters", key), f"{name!r} is given twice")
@@ -237,18 +244,20 @@ def _per_model(
     document: LocatedYaml, method: Method, key: str, name: str, models: list[_Model], shared: object
 ) -> object:
     """The value of a hyperparameter given model by model: a list where the method takes one, else one for all."""
+    several = _is_per_expert(method, name)
     values = []
     for model in models:
         keys = (*model.keys, "parameters", key)
         if key not in model.parameters and shared is None:
             raise document.error(model.keys, f"parameters.{key}: missing; other models have it")
         value = model.parameters.get(key, shared)
-        if type(value) not in (int, float):
-            raise document.error(
-                keys, f"expected a number (gradients and filters are not supported yet), got {value!r}"
-            )
+        if several and isinstance(value, (list, dict)):
+            value = Schedule(_setting(document, value, keys, shared))
+        elif type(value) not in (int, float):
+            expected = "a number, a gradient (list of numbers) or filters" if several else "a number"
+            raise document.error(keys, f"expected {expected}, got {value!r}")
         values.append(value)
-    if name == "weights":
+    if several:
         return values
     if len(set(values)) > 1:
         at = (*models[-1].keys, "parameters", key)
@@ -256,12 +265,39 @@ def _per_model(
     return values[0]
 
 
+def _setting(document: LocatedYaml, value: object, keys: Keys, otherwise: object = None) -> float | tuple:
+    """A number, a gradient or filters as :class:`Schedule` has them; ``otherwise`` is for what no filter fits."""
+    if type(value) in (int, float):
+        return value
+    conditions = [value] if isinstance(value, dict) else value
+    if isinstance(conditions, list) and conditions and all(type(item) in (int, float) for item in conditions):
+        return tuple(conditions)
+    if not (isinstance(conditions, list) and conditions):
+        raise document.error(keys, f"expected a number, a gradient (list of numbers) or filters, got {value!r}")
+    settings: list[tuple] = []
+    for place, condition in enumerate(conditions):
+        at = (*keys, place) if isinstance(value, list) else keys
+        condition = document.mapping(condition, at, ("filter", "value"))
+        if "value" not in condition:
+            raise document.error(at, "value: missing")
+        part = None if condition.get("filter", "*") == "*" else document.text(condition["filter"], (*at, "filter"))
+        settings.append((part, _setting(document, condition["value"], (*at, "value"))))
+    return tuple([*settings, (None, otherwise)] if type(otherwise) in (int, float) else settings)
+
+
+def _is_per_expert(method: Method, name: str) -> bool:
+    """Whether every expert, and perhaps every layer, has its own value of a hyperparameter."""
+    return Schedule in typing.get_args(typing.get_type_hints(method.function).get(name))
+
+
 def _checked_value(
     document: LocatedYaml, method: Method, name: str, value: object, keys: Keys, directory: Path
 ) -> object:
     if isinstance(value, dict):
-        raise document.error(keys, "filters are not supported yet; expected a plain value")
+        raise document.error(keys, "filters are taken from the models' own parameters only; expected a plain value")
     hint = typing.get_type_hints(method.function).get(name)
+    if _is_per_expert(method, name):
+        hint = float | Sequence[float] | None
     if Path in typing.get_args(hint):
         return str(_path(document, value, keys, directory))
     return document.of_type(value, hint, keys)
@@ -286,14 +322,24 @@ def _read_buffers(document: LocatedYaml, content: dict[str, object]) -> str:
     return buffers
 
 
-def _check_tokenizer(document: LocatedYaml, content: dict[str, object]) -> None:
-    """The output's tokenizer is the base's; a recipe may say so."""
+def _read_tokenizer(
+    document: LocatedYaml, content: dict[str, object], base: Path, models: list[_Model], directory: Path
+) -> Path | None:
+    """Where the output's tokenizer comes from: the base, or one of the models, by its name or path."""
+    source, keys = content.get("tokenizer_source"), ("tokenizer_source",)
     if content.get("tokenizer") is not None:
-        tokenizer = document.mapping(content["tokenizer"], ("tokenizer",), ("source",))
-        if tokenizer.get("source", "base") != "base":
-            raise document.error(("tokenizer", "source"), "only 'base' is supported yet")
-    if content.get("tokenizer_source", "base") not in ("base", None):
-        raise document.error(("tokenizer_source",), "only 'base' is supported yet")
+        if source is not None:
+            raise document.error(keys, "is given as tokenizer.source, too")
+        source = document.mapping(content["tokenizer"], ("tokenizer",), ("source",)).get("source")
+        keys = ("tokenizer", "source")
+    if source in (None, "base"):
+        return None
+    path = _path(document, source, keys, directory)
+    known = {model.name: model.path for model in models} | {path: path for path in (base, *(m.path for m in models))}
+    if source not in known and path not in known:
+        names = ", ".join(model.name for model in models)
+        raise document.error(keys, f"expected 'base' or one of the models ({names}), got {source!r}")
+    return known.get(source, path)
 
 
 def _read_calibration(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,12 +23,17 @@ from statsmerge_ext.checkpoints import (
 )
 from statsmerge_ext.checkpoints.architecture import build_model, module_state, stored_state
 from statsmerge_ext.checkpoints.compatibility import floating_names
+from statsmerge_ext.checkpoints.header import TensorInfo
+from statsmerge_ext.checkpoints.partial import partial_path
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
-from statsmerge_ext.checkpoints.writing import check_output, parse_size
-from statsmerge_ext.engine.merging import merge
+from statsmerge_ext.checkpoints.writing import atomic_output, check_output, parse_size, write_companions
+from statsmerge_ext.engine import processes
+from statsmerge_ext.engine.merging import Solved, solve
+from statsmerge_ext.engine.problem import MergedLayers
 from statsmerge_ext.errors import CheckpointError
-from statsmerge_ext.model_card import accompanying_files
+from statsmerge_ext.model_card import REPORT, accompanying_files
 from statsmerge_ext.recipe import Recipe, load_recipe
+from statsmerge_ext.streamed import estimate, write_streamed
 
 
 def run_merge(
@@ -38,12 +44,16 @@ def run_merge(
     out_shard_size: str | int = "5GB",
     copy_tokenizer: bool = True,
     random_seed: int = 0,
+    memory_budget: str | int | None = None,
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool = True,
     dry_run: bool = False,
     progress: bool = True,
 ) -> dict:
     """Merge the checkpoints that a recipe names and write the result, whole or not at all.
+
+    Methods that look at the weights alone are streamed: models and result are never in memory as a whole. Under
+    torchrun, every process of the group calls this alike and takes its share of such a merge.
 
     Args:
         recipe: a recipe, or the path of its file.
@@ -51,55 +61,70 @@ def run_merge(
             the recipe, coefficients and report); or a state dict, where it ends in .safetensors, .pt, .pth or .bin.
         device: where tensors are merged and the model is run.
         out_shard_size: largest size of a weight file in a directory, such as "5GB".
-        copy_tokenizer: copy the base's tokenizer files too.
+        copy_tokenizer: copy the tokenizer's files too, the base's unless the recipe says another model's.
         random_seed: of all that is random in the method.
+        memory_budget: what a streamed merge may hold of models and result at a time, such as "1GiB"; None: a default.
         overwrite: replace an existing model.
-        resume: take up an interrupted merge where its journal, ``<out_path>.journal``, says it was, with the same
-            result; without a journal, or for methods that do not learn, it starts from the beginning.
-        dry_run: read and check everything that can be checked without merging, and write nothing.
+        resume: take up an interrupted run of the same merge where its journal says it was, with the same result; a
+            streamed one leaves it in ``<out_path>.partial``, a method that learns in ``<out_path>.journal``. Otherwise
+            these are removed.
+        dry_run: read and check everything that can be checked without merging, and leave nothing behind; of a streamed
+            merge, a sample is merged for an estimate.
         progress: show progress bars.
 
     Returns:
-        The report (JSON-able); of a dry run its "plan" only: tensors, bytes and dtypes to be written.
+        The report (JSON-able); of a dry run its "plan" only: "tensors", "bytes" and "dtypes" to be written, and of a
+        streamed merge also "bytes_read", "seconds" and "memory" in bytes.
 
     Raises:
-        StatsMergeError: a RecipeError, CheckpointError, CalibrationError or MethodError that says what is wrong; no
-            partial output is left.
+        StatsMergeError: a RecipeError, CheckpointError, CalibrationError, MethodError or ProcessError that says what is
+            wrong; no partial output is left, except that of an interrupted run.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     out = Path(out_path)
-    parse_size(out_shard_size)
+    shard_bytes = parse_size(out_shard_size)
+    budget = None if memory_budget is None else parse_size(memory_budget, "memory budget")
     _refuse_inputs(out, recipe)
     check_output(out, overwrite)
     base = open_checkpoint(recipe.base, device, at_least=recipe.out_dtype)
     experts = {name: open_expert(path, base, device) for name, path in recipe.experts.items()}
     check_compatible(base, experts)
-    plan = _plan(recipe, base)
+    infos = {name: TensorInfo(base.shape(name), _out_dtype(base, name, recipe.out_dtype)) for name in base}
+    plan = _plan(infos)
     _check_space(out, plan["bytes"])
     batches = _read_calibration(recipe, device)
+
+    options = {"buffers": recipe.buffers, "progress": progress, "seed": random_seed, "memory_budget": budget}
+    streamed = not recipe.needs_data and out.suffix not in PICKLE_SUFFIXES
     if dry_run:
+        if streamed:
+            plan |= estimate(recipe.method, base, experts, infos, out, **options, **recipe.hyperparameters)
         return {"plan": plan}
 
     journal = out.with_name(out.name + ".journal")
     if not resume:
         journal.unlink(missing_ok=True)
-    model = build_model(base).to(device) if recipe.needs_data else None
-    result = merge(
-        recipe.method,
-        base=base if model is None else model,
-        experts=experts if model is None else {name: module_state(expert, model) for name, expert in experts.items()},
-        calibration=batches,
-        buffers=recipe.buffers,
-        journal=journal,
-        progress=progress,
-        seed=random_seed,
-        **recipe.hyperparameters,
-    )
-    merged = result.state if model is None else stored_state(result.model, result.state)
-    state = _finished(merged, base, recipe.out_dtype)
-    report = {**result.report, "plan": plan}
-    files = accompanying_files(recipe, report, result.coefficients, result.learner)
+    if recipe.needs_data:
+        model = build_model(base).to(device)
+        of_model = {name: module_state(expert, model) for name, expert in experts.items()}
+        data = {"calibration": batches, "journal": journal}
+        solved = solve(recipe.method, base=model, experts=of_model, **data, **options, **recipe.hyperparameters)
+        merged = solved.computed(model)
+        state = _finished(stored_state(merged.model, merged.state), base, recipe.out_dtype)
+    else:
+        solved = solve(recipe.method, base=base, experts=experts, **options, **recipe.hyperparameters)
+        if streamed and isinstance(solved.solution.parameters, MergedLayers):
+            identity = _identity(recipe, base, experts, device, shard_bytes, options)
+            tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
+            writing = {"resume": resume, "shard_bytes": None if _is_file(out) else shard_bytes, "progress": progress}
+            return _write_streamed(recipe, solved, out, base, infos, plan, identity, tokenizer, **writing)
+        merged = solved.computed(None)
+        state = _finished(merged.state, base, recipe.out_dtype)
+    report = {**merged.report, "plan": plan}
+    files = accompanying_files(recipe, report, merged.coefficients, merged.learner)
+    if processes.rank() > 0:
+        return report  # every process has the whole result; one writes it
     if _is_file(out):
         save_state_dict(state, out, metadata=files, overwrite=overwrite)
     else:
@@ -110,9 +135,37 @@ def run_merge(
             shard_size=out_shard_size,
             extra_files=files,
             copy_tokenizer=copy_tokenizer,
+            tokenizer=recipe.tokenizer,
             overwrite=overwrite,
             progress=progress,
         )
+    return report
+
+
+def _write_streamed(
+    recipe: Recipe,
+    solved: Solved,
+    out: Path,
+    base: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    plan: dict,
+    identity: dict,
+    tokenizer: Path | None,
+    **writing,
+) -> dict:
+    """Compute and write a merge at once, with what belongs beside the weights; returns the report."""
+    report = {**solved.report, "plan": plan}
+    files = accompanying_files(recipe, report, solved.coefficients, solved.learner)
+
+    def companions(directory: Path) -> None:
+        write_companions(directory, base, infos, files, tokenizer=tokenizer)
+
+    write_streamed(solved, out, infos, identity, metadata=files, companions=companions, **writing)
+    report = {**solved.report, "plan": plan}
+    if processes.rank() == 0 and out.is_dir():
+        # What was written says all but how long it took; the model is in its place, so this may fail.
+        with suppress(CheckpointError), atomic_output(out / REPORT, overwrite=True) as temporary:
+            temporary.write_text(accompanying_files(recipe, report, None)[REPORT], encoding="utf-8")
     return report
 
 
@@ -126,12 +179,24 @@ def _refuse_inputs(out: Path, recipe: Recipe) -> None:
             raise CheckpointError(f"{out}: is or holds an input of the merge ({path}); choose another place")
 
 
-def _plan(recipe: Recipe, base: Checkpoint) -> dict:
-    dtypes = {name: _out_dtype(base, name, recipe.out_dtype) for name in base}
+def _plan(infos: Mapping[str, TensorInfo]) -> dict:
     return {
-        "tensors": len(base),
-        "bytes": sum(base.shape(name).numel() * dtype.itemsize for name, dtype in dtypes.items()),
-        "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}),
+        "tensors": len(infos),
+        "bytes": sum(info.nbytes for info in infos.values()),
+        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}),
+    }
+
+
+def _identity(
+    recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint], device, shard_bytes: int, options: dict
+) -> dict:
+    """What decides the result of a streamed merge, and into which pieces it is cut."""
+    return {
+        "method": recipe.method,
+        "hyperparameters": {name: str(value) for name, value in recipe.hyperparameters.items()},
+        "out_dtype": str(recipe.out_dtype),
+        "models": {"": base.identity(), **{name: expert.identity() for name, expert in experts.items()}},
+        "options": [str(device), shard_bytes, options["seed"], options["memory_budget"]],
     }
 
 
@@ -142,7 +207,8 @@ def _out_dtype(base: Checkpoint, name: str, out_dtype: torch.dtype | None) -> to
 
 def _check_space(out: Path, needed: int) -> None:
     existing = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    there = sum(path.stat().st_size for path in partial_path(out).rglob("*.safetensors"))
+    free = shutil.disk_usage(existing).free + there
     if free < needed:
         raise CheckpointError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
 

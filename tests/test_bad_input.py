@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from statsmerge_ext import streamed
 from statsmerge_ext.checkpoints import open_checkpoint, writing
 from tests.tiny_models import (
     assert_refused,
@@ -163,21 +164,23 @@ def test_full_disk(models, monkeypatch, capsys):
 
 
 def test_interruption(models, monkeypatch, capsys):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "_write_shards", interrupt)
-    before = [*files_in(models), "recipe.yaml"]
-    assert merge(models) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-    assert sorted(before) == files_in(models)
+    before = sorted([*files_in(models), "recipe.yaml"])
+    for place in (writing, streamed):  # of a merge in memory, and of one that is streamed
+        monkeypatch.setattr(place, "ShardedWeights", interrupt)
+    for recipe in ({}, {"method": "lot", "calibration": {"data": "texts.txt"}}):
+        assert merge(models, **recipe) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+        assert before == files_in(models)
 
 
 def test_defects_are_one_line_too_and_a_traceback_on_demand(models, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("statsmerge_ext.run.merge", fail)
+    monkeypatch.setattr("statsmerge_ext.run.solve", fail)
     assert_refused(models, capsys, "error: RuntimeError: boom (-v shows where)")
     assert merge(models, "-v") == 2
     assert "Traceback" in capsys.readouterr().err

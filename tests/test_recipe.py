@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from statsmerge_ext.errors import RecipeError
+from statsmerge_ext.engine.problem import MergeProblem
+from statsmerge_ext.errors import MethodError, RecipeError
+from statsmerge_ext.layers import layers_of_state
+from statsmerge_ext.methods import get_method
+from statsmerge_ext.methods.weights import Schedule, expert_weights
 from statsmerge_ext.recipe import load_recipe, parse_recipe
 
 BASE = """\
@@ -87,11 +91,11 @@ def test_one_value_for_a_hyperparameter_that_is_not_a_list():
         merge_method: ties
         base_model: base
         models:
-          - {model: a, parameters: {density: 0.5, weight: 1}}
-          - {model: b, parameters: {density: %s, weight: 2}}
+          - {model: a, parameters: {scaling_factor: 0.5, weight: 1}}
+          - {model: b, parameters: {scaling_factor: %s, weight: 2}}
         """
-    assert parse_recipe(text % 0.5).hyperparameters["density"] == 0.5
-    assert "takes one 'density' for all models, got [0.5, 0.7]" in refusal(text % 0.7)
+    assert parse_recipe(text % 0.5).hyperparameters["scaling_factor"] == 0.5
+    assert "takes one 'scaling_factor' for all models, got [0.5, 0.7]" in refusal(text % 0.7)
 
 
 def test_linear_needs_no_base_and_counts_it_where_it_is_a_model():
@@ -117,6 +121,68 @@ def test_buffers_can_need_data_too():
     assert parse_recipe(BASE + "buffers: reestimate\n" + data).needs_data
     assert "calibration: missing" in refusal(BASE + "buffers: reestimate\n")
     assert "would have no effect: method 'task_arithmetic' looks at no data" in refusal(BASE + data)
+
+
+def test_gradients_and_filters_as_in_mergekit():
+    """The form of mergekit's own examples, memory settings included."""
+    recipe = parse_recipe(
+        """
+        models:
+          - model: one
+            parameters:
+              density: [1, 0.7, 0.1]
+              weight: 1.0
+          - model: two
+            parameters:
+              density: 0.5
+              weight: [0, 0.3, 0.7, 1]
+          - model: three
+            parameters:
+              density: 0.33
+              weight:
+                - filter: mlp
+                  value: [0.5, 1]
+                - value: 0
+        merge_method: ties
+        base_model: base
+        parameters:
+          normalize: true
+          int8_mask: true
+        dtype: float16
+        """
+    )
+    assert recipe.hyperparameters == {
+        "normalize": True,
+        "density": [Schedule((1, 0.7, 0.1)), 0.5, 0.33],
+        "weights": [1.0, Schedule((0, 0.3, 0.7, 1)), Schedule((("mlp", (0.5, 1)), (None, 0)))],
+        "scaling_factor": 1.0,
+    }
+
+
+@pytest.mark.parametrize("source", ["tokenizer_source: b", "tokenizer: {source: ./b}"])
+def test_the_tokenizer_may_be_an_experts(source):
+    assert parse_recipe(f"{BASE}{source}\n").tokenizer == Path("b")
+    assert parse_recipe(f"{BASE}tokenizer_source: base\n").tokenizer is None
+
+
+def test_schedules_over_layers():
+    names = ["embed.weight", *(f"h.{i}.{part}.weight" for i in range(5) for part in ("mlp", "attn")), "norm.weight"]
+    state = {name: torch.zeros(2) for name in names}
+    experts = {"a": {name: torch.ones(2) for name in names}, "b": {name: torch.full((2,), 10.0) for name in names}}
+    problem = MergeProblem(layers=layers_of_state(state), base=state, experts=experts)
+    weights = [Schedule((0, 1, 3)), Schedule((("mlp", (0, 4)), (None, 7)))]
+    table = expert_weights(weights, problem, 1.0)
+    expected = [[0, 7]]
+    for i in range(5):
+        first = [0, 0.5, 1, 2, 3][i]
+        expected += [[first, i], [first, 7]]
+    torch.testing.assert_close(table, torch.tensor([*expected, [0, 7]], dtype=torch.float64))
+    merged = get_method("task_arithmetic")(problem, weights=weights, scaling_factor=0.5).parameters
+    assert torch.equal(merged["h.3.mlp.weight"], torch.full((2,), 0.5 * (2 * 1 + 3 * 10.0)))
+    with pytest.raises(MethodError, match="weights: no filter of expert 1 fits 'embed.weight'"):
+        expert_weights([1, Schedule((("mlp", 1),))], problem, 1.0)
+    with pytest.raises(MethodError, match="needs the scope 'layer'"):
+        get_method("ties")(problem, density=[Schedule((0.1, 0.9)), 0.5])
 
 
 @pytest.mark.parametrize(
@@ -181,8 +247,11 @@ def test_typos_are_refused_with_line_and_nearest_key(text, message):
         ),
         (BASE + "dtype: float8\n", "r.yaml:6:1: dtype: got 'float8', expected one of float64, float32"),
         (BASE + "buffers: drop\n", "r.yaml:6:1: buffers: got 'drop', expected one of average, reestimate"),
-        (BASE + "tokenizer_source: union\n", "r.yaml:6:1: tokenizer_source: only 'base' is supported yet"),
-        (BASE + "tokenizer: {source: a}\n", "r.yaml:6:13: tokenizer.source: only 'base' is supported yet"),
+        (BASE + "tokenizer_source: union\n", "r.yaml:6:1: tokenizer_source: expected 'base' or one of the"),
+        (
+            BASE + "tokenizer: {source: c}\n",
+            "r.yaml:6:13: tokenizer.source: expected 'base' or one of the models (a, b)",
+        ),
         (
             BASE + "parameters: {scaling_factor: big}\n",
             "r.yaml:6:14: parameters.scaling_factor: expected float, got 'big'",
@@ -193,11 +262,23 @@ def test_typos_are_refused_with_line_and_nearest_key(text, message):
         ),
         (BASE + "parameters: {weights: [1, x]}\n", "r.yaml:6:14: parameters.weights: expected float | Sequence[float]"),
         (BASE + "parameters: {weight: 1, weights: 2}\n", "r.yaml:6:25: parameters.weights: 'weights' is given twice"),
-        (BASE + "parameters: {lambda: {value: 1}}\n", "r.yaml:6:14: parameters.lambda: filters are not supported yet"),
+        (BASE + "parameters: {lambda: {value: 1}}\n", "r.yaml:6:14: parameters.lambda: filters are taken from"),
         (BASE + "parameters: 3\n", "r.yaml:6:1: parameters: expected a mapping"),
         (
-            BASE.replace("model: a", "{model: a, parameters: {weight: [0, 1]}}"),
-            "r.yaml:4:29: models[0].parameters.weight: expected a number (gradients and filters",
+            BASE.replace("model: a", "{model: a, parameters: {weight: [0, x]}}"),
+            "r.yaml:4:38: models[0].parameters.weight[0]: expected a mapping",
+        ),
+        (
+            BASE.replace("model: a", "{model: a, parameters: {weight: []}}"),
+            "r.yaml:4:29: models[0].parameters.weight: expected a number, a gradient (list of numbers) or filters",
+        ),
+        (
+            BASE.replace("model: a", "{model: a, parameters: {weight: [{filter: mlp}]}}"),
+            "r.yaml:4:38: models[0].parameters.weight[0]: value: missing",
+        ),
+        (
+            BASE.replace("model: a", "{model: a, parameters: {scaling_factor: [0, 1]}}"),
+            "r.yaml:4:29: models[0].parameters.scaling_factor: expected a number, got [0, 1]",
         ),
         (
             BASE.replace("model: a", "{model: a, parameters: {weight: 1}}"),

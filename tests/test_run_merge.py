@@ -25,9 +25,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from statsmerge_ext import run
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.cli import main
 from statsmerge_ext.engine import journal, learning
+from statsmerge_ext.errors import CheckpointError
 from tests.tiny_models import (
     assert_refused,
     files_in,
@@ -137,7 +139,7 @@ def test_classifiers_bring_their_own_heads_for_learned_methods(models):
 
 
 def test_an_interrupted_merge_is_resumed(models, monkeypatch):
-    """The journal lies beside the output; without --resume it is forgotten, and at the end it is removed."""
+    """The journal lies beside the output; with --no-resume it is forgotten, and at the end it is removed."""
     monkeypatch.setattr(journal, "_SECONDS_BETWEEN_SAVES", 0.0)
     epoch, epochs = learning._Run.train_epoch, []
 
@@ -152,8 +154,8 @@ def test_an_interrupted_merge_is_resumed(models, monkeypatch):
     stops = {3, 5}
     assert merge(models, method="stats_merging", **recipe) == 130
     assert (models / "out.journal").exists()
-    assert merge(models, method="stats_merging", **recipe) == 130
-    assert merge(models, "--resume", method="stats_merging", **recipe) == 0
+    assert merge(models, "--no-resume", method="stats_merging", **recipe) == 130
+    assert merge(models, method="stats_merging", **recipe) == 0
     assert epochs == [0, 1, 2, 0, 1, 1, 2, 3]
     assert not (models / "out.journal").exists()
 
@@ -263,6 +265,24 @@ def test_overwrite(models, capsys):
     for inside in (".", "base", "a"):
         assert main(["merge", str(models / "recipe.yaml"), str(models / inside), "--overwrite"]) == 2
         assert "is or holds an input of the merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [{}, {"method": "lot", "calibration": {"data": "texts.txt"}}])
+def test_the_tokenizer_of_an_expert(models, data):
+    (models / "b" / "tokenizer_config.json").write_text('{"of": "b"}')
+    (models / "b" / "chat_template.jinja").write_text("{{ messages }}")
+    assert merge(models, tokenizer_source="b", **data) == 0
+    assert (models / "out" / "tokenizer_config.json").read_text() == '{"of": "b"}'
+    assert (models / "out" / "chat_template.jinja").exists() and not (models / "out" / "tokenizer.json").exists()
+
+
+def test_nothing_after_the_weights_makes_a_merge_fail(models, monkeypatch):
+    def full(*arguments, **options):
+        raise CheckpointError("No space left on device")
+
+    monkeypatch.setattr(run, "atomic_output", full)
+    assert merge(models) == 0
+    assert json.loads((models / "out" / "merge_report.json").read_text())["method"] == "task_arithmetic"
 
 
 def test_the_same_seed_gives_the_same_files(models):

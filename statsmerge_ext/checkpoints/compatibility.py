@@ -1,7 +1,12 @@
-"""Whether experts fit their base: the same architecture, names, shapes and kinds of tensors, and finite values."""
+"""Whether experts fit their base: the same architecture, names, shapes and kinds of tensors, and finite values.
+
+Also what a merge asks of a state without caring whether it is a `Checkpoint`, a state dict or a view of either: a
+tensor's shape, its dtype, a part of it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -48,21 +53,28 @@ def check_finite(name: str, tensor: Tensor, where: object) -> Tensor:
         tensor: any shape and dtype; integers are finite.
         where: what it was read from, for the message (a path, or "expert 'mnist'").
     """
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not _is_finite(tensor):
         nans = int(torch.isnan(tensor).sum())
         infinities = int(torch.isinf(tensor).sum())
         raise CheckpointError(f"{where}: tensor {name!r} holds {nans} NaN and {infinities} infinite values")
     return tensor
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    # A finite sum takes one pass and proves that all terms are; looking at each of them takes several.
+    if tensor.dtype.itemsize > 1 and math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
 def shape_of(state: Mapping[str, Tensor], name: str) -> torch.Size:
     """Shape of a tensor, read from the file's header where the state is a `Checkpoint`."""
-    return state.shape(name) if isinstance(state, Checkpoint) else state[name].shape
+    return state.shape(name) if isinstance(state, (Checkpoint, Renamed)) else state[name].shape
 
 
 def dtype_of(state: Mapping[str, Tensor], name: str) -> torch.dtype:
     """Dtype of a tensor, read from the file's header where the state is a `Checkpoint`."""
-    return state.dtype(name) if isinstance(state, Checkpoint) else state[name].dtype
+    return state.dtype(name) if isinstance(state, (Checkpoint, Renamed)) else state[name].dtype
 
 
 def floating_names(state: Mapping[str, Tensor]) -> list[str]:
@@ -70,7 +82,22 @@ def floating_names(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name in state if dtype_of(state, name).is_floating_point]
 
 
-class _Renamed(Mapping[str, Tensor]):
+def run_of(state: Mapping[str, Tensor], name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+    """Elements ``start`` … ``stop`` of a tensor taken as flat; of a `Checkpoint`, if possible, only they are read.
+
+    Args as :meth:`Checkpoint.run`.
+    """
+    if isinstance(state, (Checkpoint, Renamed)):
+        return state.run(name, start, stop, into)
+    return state[name].detach().reshape(-1)[start:stop]
+
+
+def has_runs(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether :func:`run_of` comes without reading the whole tensor."""
+    return not isinstance(state, (Checkpoint, Renamed)) or state.has_runs(name)
+
+
+class Renamed(Mapping[str, Tensor]):
     """A state seen under other names, without reading it: name → name in the state."""
 
     def __init__(self, state: Mapping[str, Tensor], names: dict[str, str]):
@@ -87,6 +114,18 @@ class _Renamed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def shape(self, name: str) -> torch.Size:
+        return shape_of(self._state, self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return dtype_of(self._state, self._names[name])
+
+    def run(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+        return run_of(self._state, self._names[name], start, stop, into)
+
+    def has_runs(self, name: str) -> bool:
+        return has_runs(self._state, self._names[name])
 
 
 def _check_expert(base: Mapping[str, Tensor], label: str, expert: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -114,7 +153,7 @@ def _check_expert(base: Mapping[str, Tensor], label: str, expert: Mapping[str, T
                 f"{_where(label, expert, name)}: tensor {name!r} is {dtype_of(expert, name)}, "
                 f"expected {dtype_of(base, name)} as in the base"
             )
-    return _Renamed(expert, names)
+    return Renamed(expert, names)
 
 
 def _check_model_type(base: Mapping[str, Tensor], label: str, expert: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,10 +43,15 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of a stored tensor."""
+    """Shape and dtype of a stored tensor, and the byte of its file that it begins at (None: it is in no plain file)."""
 
     shape: torch.Size
     dtype: torch.dtype
+    offset: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -81,6 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     infos, spans = {}, []
     for name, entry in entries.items():
         infos[name], span = _check_entry(path, name, entry, data_bytes)
+        infos[name] = replace(infos[name], offset=8 + length + span[0])
         spans.append((*span, name))
     _check_coverage(path, spans, data_bytes)
     return infos, metadata

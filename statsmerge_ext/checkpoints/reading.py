@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def open_checkpoint(
     """
     path = Path(path)
     if path.is_dir():
-        config = _read_json(path / "config.json") if (path / "config.json").exists() else None
+        config = read_json(path / "config.json") if (path / "config.json").exists() else None
         return Checkpoint(path, config, _directory_entries(path), device, at_least)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory (checkpoints are local; nothing is downloaded)")
@@ -81,9 +82,27 @@ class Checkpoint(Mapping[str, Tensor]):
         self._at_least = at_least
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._entries[name].read(name)
-        widen = self._at_least is not None and tensor.is_floating_point()
-        return tensor.to(self._device, torch.promote_types(tensor.dtype, self._at_least) if widen else tensor.dtype)
+        return self._delivered(self._entries[name].read(name))
+
+    def run(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+        """Elements ``start`` … ``stop`` of a tensor taken as flat, [stop − start].
+
+        From a safetensors file they are read rather than mapped: the memory that takes is the caller's to count, and a
+        file that is cut short meanwhile is an error. From anything else the whole tensor is read.
+
+        Args:
+            into: uint8, contiguous, on the CPU: memory to read to, and to return a view of, where they are read.
+
+        Raises CheckpointError when it cannot be read.
+        """
+        file = self._entries[name]
+        if file.infos[name].offset is None:
+            return self._delivered(file.read(name).reshape(-1)[start:stop])
+        return self._delivered(file.read_run(name, start, stop, into))
+
+    def has_runs(self, name: str) -> bool:
+        """Whether :meth:`run` reads a part of the tensor without reading all of it."""
+        return self._entries[name].infos[name].offset is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -114,14 +133,26 @@ class Checkpoint(Mapping[str, Tensor]):
         """The file that holds a tensor."""
         return self._entries[name].path
 
+    def identity(self) -> list:
+        """JSON-able facts that change when the checkpoint's files are changed; no tensor is read for them."""
+        files = sorted({file for entry in self._entries.values() for file in entry.files})
+        tensors = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self]
+        return [[(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files], tensors]
+
+    def _delivered(self, tensor: Tensor) -> Tensor:
+        widen = self._at_least is not None and tensor.is_floating_point()
+        return tensor.to(self._device, torch.promote_types(tensor.dtype, self._at_least) if widen else tensor.dtype)
+
 
 class _SafetensorsFile:
-    """One safetensors file, memory-mapped at the first read."""
+    """One safetensors file, memory-mapped at the first read of a whole tensor."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.files = [path]
         self.infos, self.metadata = read_header(path)
         self._handle = None
+        self._file: FileIO | None = None
 
     def read(self, name: str) -> Tensor:
         try:
@@ -131,12 +162,30 @@ class _SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
 
+    def read_run(self, name: str, start: int, stop: int, into: Tensor | None) -> Tensor:
+        info = self.infos[name]
+        size = (stop - start) * info.dtype.itemsize
+        data = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
+        rest, position = memoryview(data.numpy()), info.offset + start * info.dtype.itemsize
+        try:
+            if self._file is None:
+                self._file = open(self.path, "rb", buffering=0)
+            while rest:
+                count = os.preadv(self._file.fileno(), [rest], position)
+                if not count:
+                    raise CheckpointError(f"{self.path}: tensor {name!r}: the file was cut short while it was read")
+                rest, position = rest[count:], position + count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error.strerror or error}") from error
+        return data.view(info.dtype)
+
 
 class _PickleFile:
     """One ``torch.save`` file with a state dict, memory-mapped where its format allows."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.files = [path]
         self.metadata: dict[str, str] = {}
         self._state = _find_state_dict(path, _load_pickle(path))
         self.infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._state.items()}
@@ -169,12 +218,12 @@ def _directory_entries(directory: Path) -> dict[str, _File]:
         if (directory / name).exists():
             return _sharded_entries(directory / name) if name.endswith(".json") else _file_entries(directory / name)
     if (directory / "adapter_config.json").exists():
-        raise CheckpointError(f"{directory}: is a PEFT adapter, not a full checkpoint; merge it into its base first")
+        raise CheckpointError(f"{directory}: is a PEFT adapter, not a full checkpoint; it can only be an expert")
     raise CheckpointError(f"{directory}: holds none of {', '.join(WEIGHT_FILES)}")
 
 
 def _sharded_entries(index_path: Path) -> dict[str, _File]:
-    index = _read_json(index_path)
+    index = read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
         raise CheckpointError(f"{index_path}: 'weight_map' must map tensor names to file names")
@@ -198,7 +247,8 @@ def _open_shard(index_path: Path, name: str, shard: str) -> _File:
     return _open_file(file)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError if it cannot be read, or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -9,16 +9,16 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, Checkpoint, open_checkpoint
+from statsmerge_ext.checkpoints.weight_files import ShardedWeights, WeightFile
 from statsmerge_ext.errors import CheckpointError
 
 TOKENIZER_FILES = (
@@ -80,6 +80,7 @@ def save_hf_directory(
     extra_files: Mapping[str, str] | None = None,
     *,
     copy_tokenizer: bool = True,
+    tokenizer: Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
@@ -93,6 +94,7 @@ def save_hf_directory(
         shard_size: largest size of a weight file, in bytes or as "5GB", "500MB".
         extra_files: file name → text, written beside the weights (model card, recipe, report).
         copy_tokenizer: whether the tokenizer files are copied too.
+        tokenizer: the directory that they come from; None: that of `like`.
         overwrite: replace an existing model directory.
         progress: show a progress bar over the weight files.
 
@@ -105,14 +107,36 @@ def save_hf_directory(
     state = _without_aliases(state, keep=like or ())
     with atomic_output(out, overwrite=overwrite, directory=True) as temporary:
         # The weights come last: once they are written only the renaming is left that could fail.
-        if like is not None and like.path.is_dir():
-            _copy_files(like.path, temporary, MODEL_FILES + (TOKENIZER_FILES if copy_tokenizer else ()))
-        if like is not None and like.config is not None:
-            config = _with_dtype(like.config, main_dtype(state))
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, text in (extra_files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        _write_shards(state, temporary, shard_bytes, progress)
+        infos = _infos(state)
+        source = tokenizer or (like.path if like is not None else None)
+        write_companions(temporary, like, infos, extra_files or {}, tokenizer=source if copy_tokenizer else None)
+        with closing(ShardedWeights(temporary, infos, shard_bytes)) as files:
+            for name in tqdm(files.names, "Writing", unit="tensor", disable=not progress):
+                files.write(name, state[name])
+
+
+def write_companions(
+    directory: Path,
+    like: Checkpoint | None,
+    infos: Mapping[str, TensorInfo],
+    extra_files: Mapping[str, str],
+    *,
+    tokenizer: Path | None,
+) -> None:
+    """All that a model directory holds beside its weights, whose `infos` tell the configuration's dtype.
+
+    The tokenizer's files come from the directory `tokenizer`, if any; the other arguments are those of
+    `save_hf_directory`. Raises OSError where something cannot be written.
+    """
+    if like is not None and like.path.is_dir():
+        _copy_files(like.path, directory, MODEL_FILES)
+    if tokenizer is not None and tokenizer.is_dir():
+        _copy_files(tokenizer, directory, TOKENIZER_FILES)
+    if like is not None and like.config is not None:
+        config = _with_dtype(like.config, _main_dtype(infos))
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, text in extra_files.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -139,31 +163,53 @@ def atomic_output(out: Path, *, overwrite: bool, directory: bool = False) -> Ite
         if directory:
             temporary.mkdir()
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        _replace(temporary, out)
-        _sync(out.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{out}: cannot be written: {reason}") from error
+        sync_tree(temporary)
+        move_into_place(temporary, out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
         _remove(temporary)
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of a size such as 5000000, "5GB" or "500 MiB"; raises CheckpointError for anything else or zero."""
+def sync_tree(path: Path) -> None:
+    """Return when a file, or a directory and all in it, is on the disk."""
+    for part in [*path.rglob("*"), path]:
+        _sync(part)
+
+
+def move_into_place(temporary: Path, out: Path) -> None:
+    """Rename onto `out`; an existing directory with content, which cannot be renamed onto, is moved aside first."""
+    if out.is_dir() and any(out.iterdir()):
+        old = out.parent / f".{out.name}.{secrets.token_hex(4)}.old"
+        os.replace(out, old)
+        try:
+            os.replace(temporary, out)
+        except OSError:
+            os.replace(old, out)
+            raise
+        _remove(old)
+    else:
+        os.replace(temporary, out)
+    _sync(out.parent)
+
+
+def parse_size(size: str | int, name: str = "shard size") -> int:
+    """Bytes of a size such as 5000000, "5GB" or "500 MiB".
+
+    Raises CheckpointError, which calls it `name`, for anything else or zero.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     if match and match[2] in SIZE_UNITS and float(match[1]) > 0:
         return max(1, int(float(match[1]) * SIZE_UNITS[match[2]]))
-    raise CheckpointError(f"shard size: got {size!r}, expected a number of bytes or something like 5GB, 500MB, 2GiB")
+    raise CheckpointError(f"{name}: got {size!r}, expected a number of bytes or something like 5GB, 500MB, 2GiB")
 
 
-def main_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The floating-point dtype that most values of a state dict have; None if there is none."""
+def _main_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype | None:
+    """The floating-point dtype that most values have; None if there is none."""
     values: Counter[torch.dtype] = Counter()
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            values[tensor.dtype] += tensor.numel()
+    for info in infos.values():
+        if info.dtype.is_floating_point:
+            values[info.dtype] += info.shape.numel()
     return values.most_common(1)[0][0] if values else None
 
 
@@ -178,17 +224,9 @@ def _without_aliases(state: Mapping[str, Tensor], keep: Collection[str]) -> dict
 
 
 def _write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    ready, storages = {}, set()
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        # safetensors refuses memory that two tensors share: parts of one buffer, tied weights with both names kept.
-        storage = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    path.touch()
-    mode = path.stat().st_mode  # save_file leaves a file that only its owner can read.
-    save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
-    path.chmod(mode)
+    with closing(WeightFile(path, _infos(state), metadata)) as file:
+        for name in file.names:
+            file.write(name, state[name])
 
 
 def _write_pickle(state: Mapping[str, Tensor], path: Path) -> None:
@@ -200,30 +238,8 @@ def _write_pickle(state: Mapping[str, Tensor], path: Path) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # noqa: B904
 
 
-def _write_shards(state: dict[str, Tensor], directory: Path, shard_bytes: int, progress: bool) -> None:
-    shards = _plan_shards(state, shard_bytes)
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file, names in zip(tqdm(files, "writing", unit="file", disable=not progress), shards, strict=True):
-        _write_safetensors({name: state[name] for name in names}, directory / file)
-
-
-def _plan_shards(state: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """Consecutive names whose tensors fit together in a shard; a tensor larger than a shard gets one of its own."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in state.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-    return shards
+def _infos(state: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
 def _copy_files(source: Path, target: Path, patterns: Collection[str]) -> None:
@@ -251,21 +267,6 @@ def _with_dtype(config: dict, dtype: torch.dtype | None) -> dict:
     if "dtype" not in config and "torch_dtype" not in config:
         updated["torch_dtype"] = name  # The key that every version of transformers reads.
     return updated
-
-
-def _replace(temporary: Path, out: Path) -> None:
-    """Rename onto `out`; an existing directory with content, which cannot be renamed onto, is moved aside first."""
-    if not (out.is_dir() and any(out.iterdir())):
-        os.replace(temporary, out)
-        return
-    old = temporary.with_suffix(".old")
-    os.replace(out, old)
-    try:
-        os.replace(temporary, out)
-    except OSError:
-        os.replace(old, out)
-        raise
-    _remove(old)
 
 
 def _sync(path: Path) -> None:

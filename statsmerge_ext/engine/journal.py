@@ -22,10 +22,12 @@ class Journal:
     Args:
         path: the file; it need not exist.
         identity: JSON-able facts that decide the result: method, hyperparameters, fingerprints of models and data.
+        seconds: how much work may be lost at most; None: half a minute.
     """
 
-    def __init__(self, path: str | Path, identity: Mapping[str, object]) -> None:
+    def __init__(self, path: str | Path, identity: Mapping[str, object], seconds: float | None = None) -> None:
         self.path = Path(path)
+        self._seconds = _SECONDS_BETWEEN_SAVES if seconds is None else seconds
         self._identity = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._saved = time.monotonic()
 
@@ -44,16 +46,21 @@ class Journal:
         if identity != self._identity:
             raise CheckpointError(
                 f"{self.path}: is the journal of another run (models, data, seed or hyperparameters differ); "
-                "remove it to start anew"
+                "start anew without resuming, or remove it"
             )
         return state
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save again."""
+        return time.monotonic() - self._saved >= self._seconds
+
     def save(self, state: dict) -> None:
-        """Keep ``state`` (tensors and plain values), atomically, unless the last time was less than 30 seconds ago.
+        """Keep ``state`` (tensors and plain values), atomically, if that is :attr:`due`.
 
         Raises CheckpointError when it cannot be written.
         """
-        if time.monotonic() - self._saved < _SECONDS_BETWEEN_SAVES:
+        if not self.due:
             return
         with atomic_output(self.path, overwrite=True) as temporary:
             torch.save({"identity": self._identity, "state": state}, temporary)

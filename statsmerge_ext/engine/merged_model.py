@@ -29,7 +29,7 @@ class LayerWiseMergedModel:
         problem: the models; its ``model`` is used up.
         space: what the coefficients weigh, one of :data:`SPACES`.
         storage: in what form that is kept, one of :data:`STORAGES`; "full" is the dtype that merging computes in.
-        prepare: what is made of a layer's task vectors before they are kept.
+        prepare: (task vectors, layer) -> what is made of them before they are kept.
 
     Attributes:
         layers: the L layers that some expert changed, in the order of the coefficients' rows.
@@ -46,7 +46,7 @@ class LayerWiseMergedModel:
         *,
         space: str = "task_vectors",
         storage: str = "full",
-        prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda task_vectors: task_vectors,
+        prepare: Callable[[Sequence[Tensor], Layer], Sequence[Tensor]] = lambda task_vectors, layer: task_vectors,
     ) -> None:
         if storage not in STORAGES:
             raise MethodError(f"storage: expected one of {STORAGES}, got {storage!r}")
@@ -60,7 +60,7 @@ class LayerWiseMergedModel:
             if not any(t.any() for of_layer in task_vectors for t in of_layer):
                 continue
             for layer, of_layer in zip(layers, task_vectors, strict=True):
-                base, moved = weighed(space, problem.base_part(layer), prepare(of_layer))
+                base, moved = weighed(space, problem.base_part(layer), prepare(of_layer, layer))
                 self.layers.append(layer)
                 self._base.append(base)
                 for mine, tensor in zip(kept, moved, strict=True):

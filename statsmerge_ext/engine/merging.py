@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from statsmerge_ext.calibration import as_named, as_unlabelled_batches
 from statsmerge_ext.checkpoints import check_compatible, open_checkpoint, open_expert
 from statsmerge_ext.checkpoints.fingerprint import fingerprint
+from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.journal import Journal
-from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.problem import MergedLayers, MergeProblem, Solution
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from statsmerge_ext.evidence import GramEvidence, collect_grams
 from statsmerge_ext.layers import Layer, find_layers, layers_of_state
@@ -86,6 +87,100 @@ def merge(
         CheckpointError: experts that do not fit the base, unreadable files, NaN weights.
         CalibrationError: missing, empty, exhausted or labelled calibration data; evidence from other models.
     """
+    solved = solve(
+        method,
+        base=base,
+        experts=experts,
+        calibration=calibration,
+        heads=heads,
+        forward=forward,
+        evidence=evidence,
+        buffers=buffers,
+        journal=journal,
+        progress=progress,
+        seed=seed,
+        **hyperparameters,
+    )
+    return solved.computed(base if isinstance(base, nn.Module) else None)
+
+
+@dataclass
+class Solved:
+    """A merge whose method has given its solution; the merged parameters may still have to be computed.
+
+    Attributes:
+        problem: what the method was given.
+        solution: what it returned.
+        facts: for the report, JSON-able.
+        started, collected: seconds of a clock at the beginning, and when the evidence was there.
+    """
+
+    problem: MergeProblem
+    solution: Solution
+    facts: dict
+    started: float
+    collected: float
+
+    def computed(self, module: nn.Module | None) -> MergeResult:
+        """The whole result in memory; ``module`` is the base's, if it has one. This gives everything else away."""
+        problem, solution = self.problem, self.solution
+        if isinstance(solution.parameters, MergedLayers):
+            solution.parameters = solution.parameters.computed()
+        if problem.journal:
+            problem.journal.remove()
+        state = _complete(problem, solution, self.facts["buffers"])
+        result = MergeResult(state, None, self.coefficients, solution.learner, self.report)
+        if module is not None:
+            # A new copy: the method's own may be frozen, or in another mode. It and the evidence are let go of before.
+            del problem, solution, self.problem, self.solution
+            result.model = copy.deepcopy(module)
+            result.model.load_state_dict(state)
+        return result
+
+    @property
+    def learner(self) -> object | None:
+        """As in :class:`MergeResult`."""
+        return self.solution.learner
+
+    @property
+    def report(self) -> dict:
+        """JSON-able facts: method, experts, seconds until now, what became of each kind of layer."""
+        seconds = {"evidence": self.collected - self.started, "merge": time.perf_counter() - self.collected}
+        return {**self.facts, "seconds": seconds, **self.solution.notes}
+
+    @property
+    def coefficients(self) -> dict | None:
+        """As in :class:`MergeResult`."""
+        if self.solution.coefficients is None:
+            return None
+        values = torch.as_tensor(self.solution.coefficients)
+        if values.dim() == 1:
+            values = values.expand(len(self.problem.layers), -1)
+        names = [layer.name for layer in self.problem.layers]
+        return {"names": names, "tasks": list(self.problem.experts), "values": values}
+
+
+def solve(
+    method: str | Method,
+    *,
+    base: Model,
+    experts: Mapping[str, Model],
+    calibration: Mapping[str, Iterable] | None = None,
+    heads: Mapping[str, Callable] | None = None,
+    forward: Callable[[nn.Module, object], object] | None = None,
+    evidence: GramEvidence | str | Path | None = None,
+    buffers: str = "average",
+    journal: str | Path | None = None,
+    progress: bool = False,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    **hyperparameters,
+) -> Solved:
+    """Everything of :func:`merge` up to the method's solution; arguments and errors are the same.
+
+    Args:
+        memory_budget: bytes that models read from disk may take at a time; None: a default.
+    """
     start = time.perf_counter()
     chosen = get_method(method) if isinstance(method, str) else method
     chosen.check(hyperparameters)
@@ -120,6 +215,7 @@ def merge(
         sources=sources,
         seed=seed,
         progress=progress,
+        memory_budget=memory_budget,
     )
     if collect:
         evidence = collect_grams(
@@ -133,27 +229,15 @@ def merge(
     if journal is not None and "batches" in chosen.needs:
         problem.journal = Journal(journal, _identity(problem, chosen.name, hyperparameters))
     solution = chosen(problem, **hyperparameters)
-    if problem.journal:
-        problem.journal.remove()
-    state = _complete(problem, solution, buffers)
-    coefficients = _coefficient_table(problem, solution)
-    report = {
+    facts = {
         "method": chosen.name,
         "hyperparameters": {k: _plain(v) for k, v in {**chosen.hyperparameters, **hyperparameters}.items()},
         "experts": list(states),
         "buffers": buffers,
         "seed": seed,
-        "seconds": {"evidence": collected - start, "merge": time.perf_counter() - collected},
         "layers": _layer_report(layers, evidence if "grams" in chosen.needs else None),
-        **solution.notes,
     }
-    result = MergeResult(state, None, coefficients, solution.learner, report)
-    if module is not None:
-        # A new copy: the method's own may be frozen, or in another mode. It and the evidence are let go of before.
-        del problem, evidence, solution
-        result.model = copy.deepcopy(module)
-        result.model.load_state_dict(state)
-    return result
+    return Solved(problem, solution, facts, start, collected)
 
 
 def default_forward(model: nn.Module, batch: object) -> object:
@@ -163,9 +247,17 @@ def default_forward(model: nn.Module, batch: object) -> object:
 
 def _plain(value: object) -> object:
     """A hyperparameter as the report shows it, JSON-able."""
-    if value is None or isinstance(value, (bool, int, float, str, list, tuple)):
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return str(value) if isinstance(value, Path) else type(value).__name__
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return (
+        _plain(value.setting)
+        if hasattr(value, "setting")
+        else str(value)
+        if isinstance(value, Path)
+        else type(value).__name__
+    )
 
 
 def _identity(problem: MergeProblem, method: str, hyperparameters: Mapping) -> dict:
@@ -181,11 +273,11 @@ def _identity(problem: MergeProblem, method: str, hyperparameters: Mapping) -> d
 
 def _as_state(model: Model, argument: str, base: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
     if isinstance(model, nn.Module):
-        return model.state_dict()
+        model = model.state_dict()
     if isinstance(model, (str, Path)):
         return open_checkpoint(model) if base is None else open_expert(model, base)
     if isinstance(model, Mapping):
-        return model
+        return model if hasattr(model, "path") else processes.gathered(model)  # a file's tensors are never spread
     raise CheckpointError(f"{argument}: expected a module, a state dict or a path, got {type(model).__name__}")
 
 
@@ -211,15 +303,6 @@ def _complete(problem: MergeProblem, solution: Solution, buffers: str) -> dict[s
     merged = {key: solution.parameters[name] for key, name in names.items() if name in solution.parameters}
     rest = merge_buffers(problem, merged, reestimate=buffers == "reestimate")
     return {key: merged[key] if key in merged else rest[key] for key in problem.base}
-
-
-def _coefficient_table(problem: MergeProblem, solution: Solution) -> dict | None:
-    if solution.coefficients is None:
-        return None
-    values = torch.as_tensor(solution.coefficients)
-    if values.dim() == 1:
-        values = values.expand(len(problem.layers), -1)
-    return {"names": [layer.name for layer in problem.layers], "tasks": list(problem.experts), "values": values}
 
 
 def _layer_report(layers: list[Layer], evidence: GramEvidence | None) -> dict:

@@ -1,12 +1,13 @@
 """One merge as a method sees it: base, experts, layers, evidence, unlabelled batches.
 
-A method reads task vectors layer by layer and gives a merged task vector for each; where the tensors come from and
-where they go is decided here, so that a method never touches files or devices.
+A method says what becomes of the task vectors of a layer, or of some of its elements; where the tensors come from, how
+many of them are in memory and where they go is decided here, so that a method never touches files or devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from statsmerge_ext.checkpoints import check_finite
+from statsmerge_ext.checkpoints.compatibility import shape_of
 from statsmerge_ext.engine.journal import Journal
+from statsmerge_ext.engine.streaming import BLOCK, Piece, Stream, layer_shape
 from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.layers import Layer
 
@@ -24,14 +27,17 @@ class Solution:
     """What a method returns.
 
     Attributes:
-        parameters: state dict key -> merged tensor, in the base's dtype, for every parameter.
+        parameters: state dict key -> merged tensor, in the base's dtype, for every parameter; perhaps computed only
+            when it is asked for.
         coefficients: the λ that were learned or given, [L, K] or [K]; None for methods without.
+        is_weighted_sum: whether the parameters are the base plus the task vectors, weighted by the coefficients.
         learner: what was learned and can be applied to other models, with a ``to_json`` method; None for most.
         notes: JSON-able facts for the report.
     """
 
-    parameters: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
     coefficients: Tensor | None = None
+    is_weighted_sum: bool = False
     learner: object | None = None
     notes: dict = field(default_factory=dict)
 
@@ -53,6 +59,7 @@ class MergeProblem:
         journal: where a method that takes long keeps its progress, if anywhere.
         seed: for all that is random.
         progress: whether to show progress bars.
+        memory_budget: bytes that models read from disk may take at a time; None: a default, exceeded where it must.
     """
 
     layers: list[Layer]
@@ -68,6 +75,25 @@ class MergeProblem:
     journal: Journal | None = None
     seed: int = 0
     progress: bool = False
+    memory_budget: int | None = None
+
+    def stream(self, layers: Iterable[Layer], *, whole: bool) -> Stream:
+        """The pieces of ``layers`` of base and experts, within the memory budget. Raises MethodError as its class."""
+        return Stream(self.base, self.experts.values(), layers, whole=whole, memory_budget=self.memory_budget)
+
+    def differences(self, layer: Layer, base: Tensor, experts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Corresponding elements of base and experts as merging computes with them: base, and the task vectors.
+
+        Raises CheckpointError where one holds NaN or infinity.
+        """
+        reference = _computed(base)
+        task_vectors = [_computed(expert) - reference for expert in experts]
+        for name, expert, task_vector in zip(self.experts, experts, task_vectors, strict=True):
+            # As in check_finite; the difference proves it of both.
+            if not math.isfinite(task_vector.sum()):
+                check_finite(layer.parameter, base, self.base_source)
+                check_finite(layer.parameter, expert, self.sources.get(name, f"expert {name!r}"))
+        return reference, task_vectors
 
     def base_part(self, layer: Layer) -> Tensor:
         """``layer`` of the base, in the dtype that merging computes in (float32, or float64 if the base is).
@@ -88,15 +114,21 @@ class MergeProblem:
         return self._differences(layer, self.base_part(layer))
 
     def map_layers(self, merge: Callable[[Layer, Tensor, list[Tensor]], Tensor], **solution) -> Solution:
-        """Apply ``merge(layer, base part, task vectors) -> merged part`` to every layer.
+        """The solution that applies ``merge(layer, base part, task vectors) -> merged part`` to every layer.
 
-        ``solution`` completes the result. Raises CheckpointError where an input holds NaN or infinity.
+        ``solution`` completes the result. What is computed raises CheckpointError where an input holds NaN or infinity.
         """
-        parameters: dict[str, Tensor] = {}
-        for layer in tqdm(self.layers, desc="Merging", unit="layer", disable=not self.progress):
-            base = self.base_part(layer)
-            self.store(parameters, layer, base, merge(layer, base, self._differences(layer, base)))
-        return Solution(parameters, **solution)
+        return Solution(
+            MergedLayers(self, lambda piece, *tensors: merge(piece.layer, *tensors), whole=True), **solution
+        )
+
+    def map_elements(self, merge: Callable[[Piece, Tensor, list[Tensor]], Tensor], **solution) -> Solution:
+        """As :meth:`map_layers`, for methods whose merged elements depend on the same elements of the models alone.
+
+        ``merge(piece, base, task vectors)`` gets flat tensors of some of a layer's elements: on the CPU at most
+        :data:`BLOCK`, so that intermediate results stay in the cache. It is called from several threads at once.
+        """
+        return Solution(MergedLayers(self, merge, whole=False), **solution)
 
     def store(self, parameters: dict[str, Tensor], layer: Layer, base: Tensor, merged: Tensor) -> None:
         """Put the ``merged`` part of ``layer`` in its place in ``parameters``, in the base's dtype.
@@ -106,7 +138,7 @@ class MergeProblem:
         if layer.parameter not in parameters:
             parameters[layer.parameter] = self.base[layer.parameter].detach().clone()
         part = layer.part(parameters[layer.parameter])
-        part.copy_(torch.where(merged == base, part, merged.to(part.dtype)))
+        part.copy_(_settled(part, base, merged))
 
     def _differences(self, layer: Layer, base: Tensor) -> list[Tensor]:
         return [self._read_expert(layer, name) - base for name in self.experts]
@@ -115,5 +147,89 @@ class MergeProblem:
         return self._read(layer, self.experts[name], self.sources.get(name, f"expert {name!r}"))
 
     def _read(self, layer: Layer, state: Mapping[str, Tensor], source: str) -> Tensor:
-        part = check_finite(layer.parameter, layer.part(state[layer.parameter].detach()), source)
-        return part if part.dtype == torch.float64 else part.float()
+        return _computed(check_finite(layer.parameter, layer.part(state[layer.parameter].detach()), source))
+
+
+class MergedLayers(Mapping[str, Tensor]):
+    """The merged parameters of a model, computed when they are asked for.
+
+    Args:
+        problem: the models.
+        merge: (piece, base, task vectors) -> merged: of whole layers in their shapes, or of some of their elements.
+        whole: which of the two.
+    """
+
+    def __init__(
+        self, problem: MergeProblem, merge: Callable[[Piece, Tensor, list[Tensor]], Tensor], *, whole: bool
+    ) -> None:
+        self._problem, self._merge, self._whole = problem, merge, whole
+        self._layers: dict[str, list[Layer]] = {}
+        for layer in problem.layers:
+            self._layers.setdefault(layer.parameter, []).append(layer)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._computed([name])[name]
+
+    def computed(self) -> dict[str, Tensor]:
+        """All of them, in one sweep through the models."""
+        return self._computed(self._layers)
+
+    def stream(self, names: Iterable[str]) -> Stream:
+        """The pieces of the parameters ``names``, for :meth:`merged`. Raises MethodError as :class:`Stream`."""
+        layers = [layer for name in names for layer in self._layers[name]]
+        return self._problem.stream(layers, whole=self._whole)
+
+    def merged(self, piece: Piece, base: Tensor, experts: list[Tensor]) -> Tensor:
+        """The merged ``piece``, flat, in the base's dtype, from what base and experts hold there."""
+        if self._whole:
+            shape = layer_shape(self._problem.base, piece.layer)
+            return self._of(piece, base.view(shape), [expert.view(shape) for expert in experts]).reshape(-1)
+        step = BLOCK if base.device.type == "cpu" else max(piece.count, 1)
+        if piece.count <= step:
+            return self._of(piece, base, experts)
+        out = torch.empty_like(base)
+        for start in range(0, piece.count, step):
+            cut = slice(start, start + step)
+            block = Piece(piece.layer, piece.first + start, len(base[cut]))
+            out[cut] = self._of(block, base[cut], [expert[cut] for expert in experts])
+        return out
+
+    def _of(self, piece: Piece, base: Tensor, experts: list[Tensor]) -> Tensor:
+        reference, task_vectors = self._problem.differences(piece.layer, base, experts)
+        return _settled(base, reference, self._merge(piece, reference, task_vectors))
+
+    def _computed(self, names: Iterable[str]) -> dict[str, Tensor]:
+        stream = self.stream(names)
+        parameters: dict[str, Tensor] = {}
+        with tqdm(total=len(stream.pieces), desc="Merging", unit="piece", disable=not self._problem.progress) as bar:
+            for piece, merged in stream.results(self.merged):
+                name = piece.layer.parameter
+                if name not in parameters:
+                    parameters[name] = merged.new_empty(shape_of(self._problem.base, name))
+                start = piece.start(self._problem.base)
+                parameters[name].view(-1)[start : start + piece.count] = merged
+                bar.update()
+        return parameters
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype that merging computes in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _settled(base: Tensor, reference: Tensor, merged: Tensor) -> Tensor:
+    """``merged`` in the dtype of ``base``; where it is the ``reference``, the base as computed with, base's bits."""
+    settled = merged.to(base.dtype)
+    # Only a zero can come back with other bits, those of the other sign; comparing takes longer than looking for one.
+    if reference.numel() and reference.abs().amin() > 0:
+        return settled
+    return torch.where(merged == reference, base, settled)

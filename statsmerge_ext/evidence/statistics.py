@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from statsmerge_ext import ops
+from statsmerge_ext.engine import processes
+from statsmerge_ext.engine.streaming import Piece, Stream, layer_shape
 from statsmerge_ext.evidence.artefact import load_artefact, save_artefact
 from statsmerge_ext.layers import Layer
 
@@ -72,7 +74,7 @@ def collect_weight_statistics(
     r: int = 3,
     progress: bool = False,
 ) -> WeightStatistics:
-    """The statistics of every layer of every expert.
+    """The statistics of every layer of every expert; layers are read ahead, and shared out to all processes.
 
     Args:
         layers: layers to look at; a convolution's weight counts as the matrix [out, in · kernel].
@@ -85,10 +87,19 @@ def collect_weight_statistics(
     """
     if of not in SUBJECTS:
         raise ValueError(f"of: expected one of {SUBJECTS}, got {of!r}")
-    columns = []
-    for state in tqdm(experts.values(), desc="Weight statistics", unit="expert", disable=not progress):
-        parts = [layer.part(state[layer.parameter]) for layer in layers]
-        minus = [layer.part(base[layer.parameter]) for layer in layers] if of == "task_vectors" else None
-        columns.append(ops.weight_statistics(parts, r, minus=minus).double())
-    names, sizes = [layer.name for layer in layers], [part.numel() for part in parts]
-    return WeightStatistics(names, list(experts), sizes, of, torch.stack(columns, 1))
+    stream = Stream(base, experts.values(), layers, whole=True)
+    sizes = [piece.count for piece in stream.pieces]
+    mine = processes.share(range(len(layers)), sizes)
+    values = torch.zeros(len(layers), len(experts), 3 + r, dtype=torch.float64)
+
+    def statistics(piece: Piece, of_base: Tensor, of_experts: list[Tensor]) -> Tensor:
+        shape = layer_shape(base, piece.layer)
+        minus = [of_base.view(shape)] * len(of_experts) if of == "task_vectors" else None
+        return ops.weight_statistics([part.view(shape) for part in of_experts], r, minus=minus)
+
+    results = stream.results(statistics, [stream.pieces[place] for place in mine])
+    bar = tqdm(results, desc="Weight statistics", total=len(mine), unit="layer", disable=not progress)
+    for place, (_, of_layer) in zip(mine, bar):
+        values[place] = of_layer
+    names = [layer.name for layer in layers]
+    return WeightStatistics(names, list(experts), sizes, of, processes.add_up_(values))

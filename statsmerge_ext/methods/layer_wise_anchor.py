@@ -10,6 +10,7 @@ from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.streaming import Piece
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods.registry import nearest, register_method
@@ -62,10 +63,10 @@ def layer_wise_anchor(
         table[row, names.index(anchor)] += lean
     rows = dict(zip((layer.name for layer in problem.layers), table, strict=True))
 
-    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        return ops.weighted_merge([base], [[t] for t in task_vectors], rows[layer.name])[0]
+    def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+        return ops.weighted_merge([base], [[t] for t in task_vectors], rows[piece.layer.name])[0]
 
-    return problem.map_layers(merge, coefficients=table)
+    return problem.map_elements(merge, coefficients=table, is_weighted_sum=True)
 
 
 def _depths(layers: list[Layer]) -> list[float]:

@@ -13,9 +13,9 @@ from statsmerge_ext.distillation import ExpertTeachers
 from statsmerge_ext.engine.learning import Training, learn_coefficients
 from statsmerge_ext.engine.merged_model import LayerWiseMergedModel, is_layer_wise, weighed
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.streaming import Piece
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.evidence import collect_weight_statistics
-from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods.learner import FittedLearner, Normalisation, StatsMergeLearner
 from statsmerge_ext.methods.registry import register_method
 
@@ -143,14 +143,15 @@ def stats_merging_predict(problem: MergeProblem, *, learner: str | Path | Fitted
     rows = dict(zip((layer.name for layer in layers), coefficients, strict=True))
     unchanged = coefficients.new_full(coefficients.shape[1:], float("nan"))
 
-    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        if layer.name not in rows:
+    def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+        if piece.layer.name not in rows:
             return base
         start, moved = weighed(fitted.space, base, task_vectors)
-        return ops.weighted_merge([start], [[t] for t in moved], rows[layer.name])[0]
+        return ops.weighted_merge([start], [[t] for t in moved], rows[piece.layer.name])[0]
 
     table = torch.stack([rows.get(layer.name, unchanged) for layer in problem.layers]).double()
-    return problem.map_layers(merge, coefficients=table)
+    of_task_vectors = fitted.space == "task_vectors" and not table.isnan().any()
+    return problem.map_elements(merge, coefficients=table, is_weighted_sum=bool(of_task_vectors))
 
 
 def _columns(statistics: Sequence[str], r: int) -> list[int]:

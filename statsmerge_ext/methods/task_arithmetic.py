@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.layers import Layer
+from statsmerge_ext.engine.streaming import Piece
 from statsmerge_ext.methods.registry import register_method
-from statsmerge_ext.methods.weights import expert_weights
+from statsmerge_ext.methods.weights import Weights, expert_weights
 
 
 @register_method("task_arithmetic")
-def task_arithmetic(
-    problem: MergeProblem, *, scaling_factor: float = 0.3, weights: float | Sequence[float] | None = None
-) -> Solution:
+def task_arithmetic(problem: MergeProblem, *, scaling_factor: float = 0.3, weights: Weights | None = None) -> Solution:
     """θ = θ_0 + λ Σ_k w_k τ_k.
 
     Args:
@@ -26,10 +22,11 @@ def task_arithmetic(
     Raises:
         MethodError: a wrong number of weights.
     """
-    coefficients = scaling_factor * expert_weights(weights, len(problem.experts), 1.0)
+    coefficients = scaling_factor * expert_weights(weights, problem, 1.0)
+    rows = dict(zip(problem.layers, coefficients.float(), strict=True))
 
-    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        (merged,) = ops.weighted_merge([base], [[t] for t in task_vectors], coefficients.float())
+    def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+        (merged,) = ops.weighted_merge([base], [[t] for t in task_vectors], rows[piece.layer])
         return merged
 
-    return problem.map_layers(merge, coefficients=coefficients)
+    return problem.map_elements(merge, coefficients=coefficients, is_weighted_sum=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.streaming import Piece
+from statsmerge_ext.engine.thresholds import magnitude_thresholds
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods.registry import register_method
-from statsmerge_ext.methods.weights import expert_weights
+from statsmerge_ext.methods.weights import Weights, by_layer, expert_weights
+
+#: Over what the share of entries that is kept is counted.
+SCOPES = ("model", "layer")
 
 
 @register_method("ties")
@@ -19,29 +25,34 @@ def ties(
     problem: MergeProblem,
     *,
     scaling_factor: float = 1.0,
-    density: float = 0.2,
-    weights: float | Sequence[float] | None = None,
+    density: Weights = 0.2,
+    weights: Weights | None = None,
+    scope: str = "model",
+    normalize: bool = True,
 ) -> Solution:
     """θ = θ_0 + λ · (mean of the trimmed task vectors' entries that have the elected sign).
 
     Args:
         scaling_factor: λ.
-        density: share of each expert's entries, the largest in magnitude over the whole task vector, that is kept.
+        density: share of each expert's entries, the largest in magnitude, that is kept; one for all, or one an expert.
         weights: how much each expert counts in election and mean; 1 by default.
+        scope: the entries are the largest of the whole task vector ("model", the paper) or of each parameter ("layer",
+            mergekit).
+        normalize: take the weighted mean; else the weighted sum.
 
     Raises:
-        MethodError: a density outside (0, 1], or a wrong number of weights.
+        MethodError: a density outside (0, 1] or, for the scope "model", not the same in all layers; a wrong number of
+            densities or weights; an unknown scope.
     """
-    shares = expert_weights(weights, len(problem.experts), 1.0).float()
-    election = Election(problem, density, shares)
+    shares = by_layer(problem.layers, expert_weights(weights, problem, 1.0))
+    election = Election(problem, density, shares, scope)
 
-    def merge(layer: Layer, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
-        elected = torch.stack(election.elected(task_vectors))
-        of_expert = shares.to(elected).view(-1, *[1] * base.dim())
-        counts = (of_expert.abs() * (elected != 0)).sum(0)
-        return base + scaling_factor * (of_expert * elected).sum(0) / counts.clamp_min(torch.finfo(base.dtype).tiny)
+    def merge(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+        return base + scaling_factor * joined(
+            election.elected(task_vectors, piece.layer), shares[piece.layer], normalize
+        )
 
-    return problem.map_layers(merge)
+    return problem.map_elements(merge)
 
 
 class Election:
@@ -49,29 +60,66 @@ class Election:
 
     Args:
         problem: the models.
-        density: as in :func:`ties`.
-        weights: [K], how much each expert's entries count in the election; None: alike.
+        density, scope: as in :func:`ties`.
+        weights: layer -> how much each expert's entries count in the election; None: alike.
 
     Raises:
-        MethodError: a density outside (0, 1].
+        MethodError: as :func:`ties`.
     """
 
-    def __init__(self, problem: MergeProblem, density: float, weights: Tensor | None = None) -> None:
-        if not 0 < density <= 1:
-            raise MethodError(f"density: expected a number in (0, 1], got {density}")
-        self._weights = torch.ones(len(problem.experts)) if weights is None else weights
-        self._thresholds = [_threshold(problem, name, density) for name in problem.experts]
+    def __init__(
+        self,
+        problem: MergeProblem,
+        density: Weights,
+        weights: Mapping[Layer, Sequence[float]] | None = None,
+        scope: str = "model",
+    ) -> None:
+        if scope not in SCOPES:
+            raise MethodError(f"scope: expected one of {SCOPES}, got {scope!r}")
+        table = densities(density, problem)
+        self._weights = weights or dict.fromkeys(problem.layers, [1.0] * len(problem.experts))
+        if scope == "layer":
+            self._thresholds = {
+                layer: magnitude_thresholds(problem, [layer], of_layer) for layer, of_layer in table.items()
+            }
+            return
+        rows = list(table.values())
+        if any(row != rows[0] for row in rows):
+            raise MethodError("density: one that differs from layer to layer needs the scope 'layer'")
+        thresholds = magnitude_thresholds(problem, problem.layers, rows[0]) if rows else []
+        self._thresholds = dict.fromkeys(problem.layers, thresholds)
 
-    def elected(self, task_vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The task vectors of one layer with zeros for all entries that are trimmed or have lost the election."""
-        trimmed = [t * (t.abs() >= cut) for t, cut in zip(task_vectors, self._thresholds, strict=True)]
-        weighted = [weight * t for weight, t in zip(self._weights.tolist(), trimmed, strict=True)]
-        sign = torch.stack(weighted).sum(0).sign()
-        return [t * (w * sign > 0) for t, w in zip(trimmed, weighted, strict=True)]
+    def elected(self, task_vectors: Sequence[Tensor], layer: Layer) -> list[Tensor]:
+        """Entries of the task vectors of ``layer``, zero where they are trimmed or have lost the election."""
+        trimmed = [t * (t.abs() >= cut) for t, cut in zip(task_vectors, self._thresholds[layer], strict=True)]
+        return agreeing(trimmed, self._weights[layer])
 
 
-def _threshold(problem: MergeProblem, name: str, density: float) -> float:
-    """The least magnitude among the share ``density`` of an expert's task vector that is kept."""
-    magnitudes = torch.cat([problem.task_vector(layer, name).abs().flatten() for layer in problem.layers])
-    kept = max(1, round(density * magnitudes.numel()))
-    return float(magnitudes.kthvalue(magnitudes.numel() - kept + 1).values)
+def agreeing(task_vectors: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """The task vectors, zero where their sign is not that of their weighted sum."""
+    weighted = [weight * t for weight, t in zip(weights, task_vectors, strict=True)]
+    sign = total(weighted).sign()
+    return [t * (w * sign > 0) for t, w in zip(task_vectors, weighted, strict=True)]
+
+
+def joined(task_vectors: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+    """The weighted sum of the task vectors, or, entry by entry, the weighted mean of those that are not zero there."""
+    merged = total([weight * t for weight, t in zip(weights, task_vectors, strict=True)])
+    if not normalize:
+        return merged
+    counts = total([abs(weight) * (t != 0).to(t.dtype) for weight, t in zip(weights, task_vectors, strict=True)])
+    return merged / counts.clamp_min_(torch.finfo(merged.dtype).tiny)
+
+
+def densities(density: Weights, problem: MergeProblem) -> dict[Layer, list[float]]:
+    """Layer -> the share of each expert's entries that is kept. Raises MethodError for one outside (0, 1]."""
+    table = by_layer(problem.layers, expert_weights(density, problem, 1.0, name="density"))
+    for value in (value for row in table.values() for value in row):
+        if not 0 < value <= 1:
+            raise MethodError(f"density: expected a number in (0, 1], got {value}")
+    return table
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, in their order."""
+    return reduce(torch.add, tensors)

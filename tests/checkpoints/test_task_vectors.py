@@ -10,9 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from statsmerge_ext import merge
-from statsmerge_ext.checkpoints import open_checkpoint, open_expert, quantize_expert, quantize_experts, save_state_dict
+from statsmerge_ext.checkpoints import (
+    open_checkpoint,
+    open_expert,
+    quantize_expert,
+    quantize_experts,
+    save_state_dict,
+    task_vectors,
+)
 from statsmerge_ext.cli import main
 from statsmerge_ext.errors import CheckpointError
+from statsmerge_ext.ops import QuantizedTensor
 from tests.tiny_models import files_in, save_tiny_family
 from tests.tiny_models import merge as merge_on_disk
 
@@ -49,6 +57,20 @@ def test_values_are_within_half_a_step(models, tmp_path, bits, group_size):
         assert read.shape(name) == tensor.shape == moved.shape
         # the zero point is rounded too, which may cost the outermost codes another half
         assert torch.all((tensor - base[name] - moved).abs() <= step * 1.001 + 1e-6), name
+
+
+@pytest.mark.parametrize("group_size", [None, 8, 24, 4096])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_runs_make_up_what_is_quantised_at_once(monkeypatch, bits, group_size):
+    monkeypatch.setattr(task_vectors, "_RUN", 64)
+    for count in (1, 63, 64, 65, 128, 1003):
+        flat = torch.randn(count, generator=torch.Generator().manual_seed(count))
+        whole = QuantizedTensor.quantize(flat, bits, group_size)
+        runs = list(task_vectors._quantized_runs(flat, bits, group_size))
+        assert torch.equal(torch.cat([run.codes for _, run in runs]), whole.codes)
+        assert torch.equal(torch.cat([run.dequantize() for _, run in runs]), whole.dequantize())
+        scales = torch.cat([run.scale for _, run in runs])
+        assert torch.equal(scales if group_size else scales.unique(), whole.scale)
 
 
 def test_the_residual_form_is_smaller_and_nearer(tmp_path):

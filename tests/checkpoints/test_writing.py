@@ -200,7 +200,7 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_output(tmp_path, kind
     assert_holds(tmp_path / name, STATE)
 
 
-@pytest.mark.parametrize("failing", ["_write_safetensors", "_copy_files", "_sync", "_replace"])
+@pytest.mark.parametrize("failing", ["ShardedWeights", "_copy_files", "_sync", "move_into_place"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_full_disk_or_an_interruption_at_any_step_leaves_nothing(tmp_path, base, monkeypatch, failing, error):
     def fail(*arguments, **options):

@@ -1,0 +1,96 @@
+"""Kill a streamed merge again and again, and see that the same command always ends in the same files.
+
+``python kill_merges.py RECIPE DIRECTORY KILLS`` prints as JSON how many processes were killed, how many took up what
+another had left, and the outputs that differ from one that nobody disturbed. It forks instead of starting every process
+anew, so that hundreds of kills take seconds; nothing but standard modules and the package's import runs before a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from statsmerge_ext import run_merge, streamed
+from statsmerge_ext.engine import streaming
+
+#: What changes files; a process that kills itself does so just before one of these.
+STEPS = [(os, "pwrite"), (os, "fsync"), (os, "replace"), (os, "posix_fallocate"), (shutil, "rmtree"), (os, "unlink")]
+
+
+def merge(recipe: Path, out: Path, seconds: float | None = None, step: int | None = None) -> bool:
+    """Merge in a child process that is killed after ``seconds``, or kills itself before its ``step``-th change of a
+    file. Returns whether it came to its end."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            if step is not None:
+                _die_before(step)
+            run_merge(recipe, out, progress=False, out_shard_size="100KB", overwrite=True)
+            status = 0
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("a merge failed")
+    return os.WIFEXITED(status)
+
+
+def _die_before(step: int) -> None:
+    left = [step]
+
+    def counted(function):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    for module, name in STEPS:
+        setattr(module, name, counted(getattr(module, name)))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.glob("*.safetensors*")}
+
+
+def main(recipe: Path, directory: Path, kills: int) -> dict:
+    streamed._SECONDS_BETWEEN_SAVES = 0.0
+    streaming._LONGEST = streaming.BLOCK
+    moments = random.Random(0)
+    began = time.perf_counter()
+    merge(recipe, directory / "undisturbed")
+    duration = time.perf_counter() - began
+    expected = contents(directory / "undisturbed")
+
+    killed, resumed, differing = 0, 0, []
+    for number in range(10**6):
+        if killed >= kills:
+            break
+        out, ended = directory / f"out{number}", False
+        while not ended:
+            resumed += any(out.with_name(f"{out.name}.partial").glob("journal.*"))
+            if killed % 2:
+                ended = merge(recipe, out, seconds=moments.uniform(0, duration))
+            else:
+                ended = merge(recipe, out, step=moments.randint(1, 150))
+            killed += not ended
+        if contents(out) != expected or out.with_name(f"{out.name}.partial").exists():
+            differing.append(out.name)
+        shutil.rmtree(out)
+    return {"killed": killed, "resumed": resumed, "outputs": number, "differing": differing}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))))

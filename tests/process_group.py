@@ -1,0 +1,157 @@
+"""Merges by two processes: ``python -m tests.process_group SCENARIO DIRECTORY`` prints what came out as JSON.
+
+The processes are forked from one that has imported the package, and meet as those of torchrun do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import statsmerge_ext
+from statsmerge_ext import run_merge, streamed
+from statsmerge_ext.checkpoints import open_checkpoint
+from statsmerge_ext.engine import processes, streaming
+from statsmerge_ext.errors import ProcessError
+from statsmerge_ext.evidence.statistics import collect_weight_statistics
+from statsmerge_ext.layers import layers_of_state
+from tests.tiny_models import write_recipe
+
+
+def in_two_processes(function: Callable[[], object]) -> list[tuple[int, object]]:
+    """(exit status or minus the signal, JSON-able result or None) of a function that both call."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                group = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in group.items()})
+                torch.set_num_threads(1)
+                with processes.joined():
+                    os.write(write, json.dumps(function()).encode())
+                status = 0
+            except ProcessError as error:
+                os.write(write, json.dumps(str(error)).encode())
+                status = 2
+            finally:
+                os._exit(status)
+        os.close(write)
+        children.append((child, read))
+    results = []
+    for child, read in children:
+        with open(read) as pipe:
+            text = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        results.append((status, json.loads(text) if text else None))
+    return results
+
+
+def merging(models: Path, out: str, method: str, parameters: dict) -> Callable[[], object]:
+    recipe = write_recipe(models, method, parameters=parameters)
+    return lambda: run_merge(recipe, models / out, progress=False, out_shard_size="100KB")["method"]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.glob("*.safetensors*")}
+
+
+def same(models: Path) -> dict:
+    """Whether two processes write what one writes, and take shares of it."""
+    facts = {}
+    for method, parameters in (("ties", {"density": 0.3}), ("dare_linear", {"density": 0.4}), ("linear", {})):
+        results = in_two_processes(merging(models, f"two-{method}", method, parameters))
+        one = in_two_processes(lambda: None) and os.fork()
+        if not one:  # in a child too: a process that has computed with several threads must not be forked again
+            merging(models, f"one-{method}", method, parameters)()
+            os._exit(0)
+        os.waitpid(one, 0)
+        facts[method] = (
+            [status for status, _ in results],
+            weights(models / f"two-{method}") == weights(models / f"one-{method}"),
+        )
+    return facts
+
+
+def death(models: Path) -> dict:
+    """One process dies in the middle: the other says so, and one process alone goes on with what both have done."""
+
+    def dying() -> object:
+        if dist.get_rank() == 1:
+            save, left = streamed._Saver.save_if_due, [3]
+
+            def save_and_die(self, state):
+                save(self, state)
+                if self._running:
+                    self._running.result()
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            streamed._Saver.save_if_due = save_and_die
+        return merging(models, "out", "task_arithmetic", {})()
+
+    results = in_two_processes(dying)
+    journals = sorted(path.name for path in (models / "out.partial").glob("journal.*"))
+    computed = []
+    work = streaming.Stream.results
+    streaming.Stream.results = lambda *a: (computed.append(1) or result for result in work(*a))
+    merging(models, "out", "task_arithmetic", {})()
+    resumed = len(computed)
+    merging(models, "one", "task_arithmetic", {})()
+    return {
+        "results": results,
+        "journals": journals,
+        "resumed": resumed,
+        "in_all": len(computed) - resumed,
+        "same": weights(models / "out") == weights(models / "one"),
+    }
+
+
+def states(models: Path) -> dict:
+    """Statistics by two processes, and a merge of state dicts whose tensors are spread over them."""
+
+    def statistics() -> object:
+        base, a, b = (open_checkpoint(models / name) for name in ("base", "a", "b"))
+        found = collect_weight_statistics(layers_of_state(base), base, {"a": a, "b": b}, of="task_vectors")
+        return found.values.tolist()
+
+    def spread() -> object:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (2,))
+        plain = {name: load_file(models / name / "model.safetensors") for name in ("base", "a", "b")}
+        plain = {name: {key: state[key] for key in ("big", "flat")} for name, state in plain.items()}
+        sharded = {
+            name: {key: distribute_tensor(tensor, mesh, [Shard(0)]) for key, tensor in state.items()}
+            for name, state in plain.items()
+        }
+        results = [
+            statsmerge_ext.merge("ties", base=models.pop("base"), experts=models, density=0.3).state
+            for models in (sharded, plain)
+        ]
+        return all(torch.equal(results[0][key], results[1][key]) for key in results[1])
+
+    of_two, of_spread = in_two_processes(statistics), in_two_processes(spread)
+    return {"statistics": [found for _, found in of_two], "one": statistics(), "spread": of_spread}
+
+
+if __name__ == "__main__":
+    streamed._SECONDS_BETWEEN_SAVES = 0.0
+    streaming._LONGEST = streaming.BLOCK
+    print(json.dumps({"same": same, "death": death, "states": states}[sys.argv[1]](Path(sys.argv[2]))))

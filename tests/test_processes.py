@@ -1,0 +1,66 @@
+"""Several processes that do one merge together: the same bits as one, and a clear end when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from statsmerge_ext.engine import processes
+from tests.test_streamed import save_family, stream
+from tests.tiny_models import write_recipe
+
+
+def scenario(name: str, models) -> dict:
+    command = [sys.executable, "-m", "tests.process_group", name, str(models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    facts = scenario("same", save_family(tmp_path, rows=3000))
+    assert facts == {method: [[0, 0], True] for method in ("ties", "dare_linear", "linear")}
+
+
+def test_a_process_that_dies_ends_the_merge_and_leaves_a_journal(tmp_path):
+    facts = scenario("death", save_family(tmp_path, rows=6000))
+    (leader, message), (other, _) = facts["results"]
+    assert other == -9
+    assert leader == 2 and "another process of this merge has ended" in message
+    assert "journal.1" in facts["journals"]
+    assert facts["resumed"] <= facts["in_all"] - 3
+    assert facts["same"]
+
+
+def test_statistics_and_spread_tensors(tmp_path):
+    facts = scenario("states", save_family(tmp_path))
+    assert facts["statistics"] == [facts["one"], facts["one"]]
+    assert facts["spread"] == [[0, True], [0, True]]
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    models = save_family(tmp_path)
+    recipe = write_recipe(models, "ties", parameters={"density": 0.3})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    merge = ["-m", "statsmerge_ext", "merge", str(recipe), str(models / "two")]
+    done = subprocess.run([*command, *merge], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    stream(models, "one", method="ties", parameters={"density": 0.3})
+    assert (models / "two" / "model.safetensors").read_bytes() == (models / "one" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [[5, 1, 1, 1, 1, 1], [1], [0, 0], [], [3] * 20])
+def test_shares_cover_everything_once(monkeypatch, count, sizes):
+    monkeypatch.setattr(processes, "count", lambda: count)
+    shares = []
+    for rank in range(count):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shares.append(processes.share(list(range(len(sizes))), sizes))
+    assert sum(shares, []) == list(range(len(sizes)))
+    if len(sizes) == 20:
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,0 +1,110 @@
+"""What becomes of each layer's output, found by running the model once.
+
+Two things decide what a layer had best be fitted to: a BatchNorm that follows it at once, which is one affine map with
+it, and a residual connection that its output is added to. Both are found from the identity of tensors, not from names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from statsmerge_ext.evidence.observe import Observation, observe
+from statsmerge_ext.layers import Layer
+
+_ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+@dataclass
+class Flow:
+    """The surroundings of one layer.
+
+    Attributes:
+        calls: how often it is called in one forward pass.
+        norm: the BatchNorm scale that reads its output and nothing else does before, or None.
+        skip: the layer called before it whose input is added to its output, or to that of ``norm``; or None.
+    """
+
+    calls: int = 0
+    norm: Layer | None = None
+    skip: str | None = None
+
+
+def trace_dataflow(
+    model: nn.Module, layers: list[Layer], forward: Callable[[nn.Module, object], object], batch: object
+) -> dict[str, Flow]:
+    """The flow of every layer of ``model`` that is called when it runs on ``batch``, in the order of first calls."""
+    tracer = _Tracer(model)
+    handles = [
+        model.get_submodule(path).register_forward_hook(tracer.after_forward)
+        for path in {layer.module for layer in layers if layer.source and layer.kind != "conv"}
+    ]
+    try:
+        with torch.no_grad(), observe(model, layers, tracer.receive), tracer:
+            forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for flow in tracer.flows.values():
+        if flow.norm is not None and flow.skip is None:
+            flow.skip = tracer.flows[flow.norm.name].skip
+    return tracer.flows
+
+
+class _Tracer(TorchFunctionMode):
+    """Remembers which tensors layers read and wrote, as they were then (every change in place counts a version)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.flows: dict[str, Flow] = {}
+        self._model = model
+        self._read: dict[int, tuple[Tensor, int, str]] = {}
+        self._written: dict[int, tuple[Tensor, int, Layer]] = {}
+        self._called: Layer | None = None
+
+    def receive(self, observation: Observation) -> None:
+        x = observation.input
+        for layer in observation.layers:
+            self.flows.setdefault(layer.name, Flow()).calls += 1
+            self._called = layer
+        source = self._of(self._written, x)
+        module = self._model.get_submodule(self._called.module)
+        if source is not None and isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training:
+            self.flows[source.name].norm = self._called
+        if self._of(self._read, x) is None:
+            self._read[id(x)] = (x, x._version, self._called.name)
+
+    def after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor) and self._called is not None:
+            self._written[id(output)] = (output, output._version, self._called)
+        self._called = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _ADDITIONS and len(args) == 2 and not kwargs:
+            self._addition(*args)
+        result = function(*args, **kwargs)
+        if function in _CONVOLUTIONS and self._called is not None:
+            self.after_forward(None, (), result)
+        return result
+
+    def _addition(self, a: object, b: object) -> None:
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
+            return
+        order = list(self.flows)
+        for output, other in ((a, b), (b, a)):
+            layer, source = self._of(self._written, output), self._of(self._read, other)
+            if layer is not None and source is not None and order.index(source) < order.index(layer.name):
+                self.flows[layer.name].skip = source
+
+    @staticmethod
+    def _of(known: dict[int, tuple], tensor: Tensor):
+        """What is known of ``tensor`` as it is now, or None."""
+        entry = known.get(id(tensor))
+        return entry[2] if entry is not None and entry[1] == tensor._version else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from statsmerge_ext.evidence.observe import Observation, observe
@@ -18,6 +19,8 @@ from statsmerge_ext.layers import Layer
 
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_NORMS_OF_TORCH = (_BATCH_NORM, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclass
@@ -28,11 +31,13 @@ class Flow:
         calls: how often it is called in one forward pass.
         norm: the BatchNorm scale that reads its output and nothing else does before, or None.
         skip: the layer called before it whose input is added to its output, or to that of ``norm``; or None.
+        offset: what a norm adds to its scale before it multiplies by it: 1 for the (1 + weight) form, else 0.
     """
 
     calls: int = 0
     norm: Layer | None = None
     skip: str | None = None
+    offset: float = 0.0
 
 
 def trace_dataflow(
@@ -41,7 +46,7 @@ def trace_dataflow(
     """The flow of every layer of ``model`` that is called when it runs on ``batch``, in the order of first calls."""
     tracer = _Tracer(model)
     handles = [
-        model.get_submodule(path).register_forward_hook(tracer.after_forward)
+        model.get_submodule(path).register_forward_hook(tracer.after_forward, with_kwargs=True)
         for path in {layer.module for layer in layers if layer.source and layer.kind != "conv"}
     ]
     try:
@@ -66,24 +71,36 @@ class _Tracer(TorchFunctionMode):
         self._read: dict[int, tuple[Tensor, int, str]] = {}
         self._written: dict[int, tuple[Tensor, int, Layer]] = {}
         self._called: Layer | None = None
+        self._probing = False
 
     def receive(self, observation: Observation) -> None:
+        if self._probing:
+            return
         x = observation.input
         for layer in observation.layers:
             self.flows.setdefault(layer.name, Flow()).calls += 1
             self._called = layer
         source = self._of(self._written, x)
         module = self._model.get_submodule(self._called.module)
-        if source is not None and isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training:
+        if source is not None and _is_frozen(module):
             self.flows[source.name].norm = self._called
         if self._of(self._read, x) is None:
             self._read[id(x)] = (x, x._version, self._called.name)
 
-    def after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        if isinstance(output, Tensor) and self._called is not None:
-            self._written[id(output)] = (output, output._version, self._called)
-        self._called = None
+    def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self._probing or self._called is None:
+            return
+        layer, self._called = self._called, None
+        self._wrote(layer, output[0] if isinstance(output, tuple) else output)
+        if layer.kind == "scale" and not isinstance(module, _NORMS_OF_TORCH):
+            self._probing = True
+            zeros = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
+            self.flows[layer.name].offset = float(functional_call(module, zeros, args, kwargs).any())
+            self._probing = False
+
+    def _wrote(self, layer: Layer, output: object) -> None:
+        if isinstance(output, Tensor):
+            self._written[id(output)] = (output, output._version, layer)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -91,7 +108,8 @@ class _Tracer(TorchFunctionMode):
             self._addition(*args)
         result = function(*args, **kwargs)
         if function in _CONVOLUTIONS and self._called is not None:
-            self.after_forward(None, (), result)
+            self._wrote(self._called, result)
+            self._called = None
         return result
 
     def _addition(self, a: object, b: object) -> None:
@@ -108,3 +126,8 @@ class _Tracer(TorchFunctionMode):
         """What is known of ``tensor`` as it is now, or None."""
         entry = known.get(id(tensor))
         return entry[2] if entry is not None and entry[1] == tensor._version else None
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm that scales and shifts by statistics of its own, not by its batch's."""
+    return isinstance(module, _BATCH_NORM) and module.running_var is not None and not module.training

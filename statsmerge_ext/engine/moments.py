@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statsmerge_ext import ops
+from statsmerge_ext.engine.affine import Affine
 from statsmerge_ext.evidence.observe import Geometry
 
 # A variance below this part of the mean square is rounding of float32 features.
@@ -24,7 +25,6 @@ class Moments:
         product: Σ y xᵀ, [groups, out, in].
         inputs: Σ x, [groups, in].
         outputs: Σ y, [groups, out].
-        squares: Σ ‖y‖².
         count: number of rows.
     """
 
@@ -32,14 +32,13 @@ class Moments:
     product: Tensor
     inputs: Tensor
     outputs: Tensor
-    squares: Tensor
     count: Tensor
 
     @classmethod
     def zeros_like(cls, matrices: Tensor) -> Moments:
         """No rows yet, for a layer with weights ``matrices`` [groups, out, in]."""
         groups, out, columns = matrices.shape
-        shapes = ((groups, columns, columns), (groups, out, columns), (groups, columns), (groups, out), (), ())
+        shapes = ((groups, columns, columns), (groups, out, columns), (groups, columns), (groups, out), ())
         return cls(*(matrices.new_zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, other: Moments) -> None:
@@ -56,7 +55,6 @@ class Moments:
         ones = x.new_ones(1, 1, x.shape[1]) if factors is None else factors.unsqueeze(1)
         self.inputs += (ones @ x).squeeze(1)
         self.outputs += (ones @ y).squeeze(1)
-        self.squares += (ones @ y.square()).sum()
         self.count += ones.sum()
 
     def add_channels(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
@@ -67,7 +65,6 @@ class Moments:
         self.product += (ones @ (x * y))[0, :, None, None]
         self.inputs += (ones @ x)[0, :, None]
         self.outputs += (ones @ y)[0, :, None]
-        self.squares += (ones @ y.square()).sum()
         self.count += ones.sum()
 
     def add_patches(self, x: Tensor, y: Tensor, geometry: Geometry) -> None:
@@ -77,18 +74,17 @@ class Moments:
         ones = y.new_ones(len(y), geometry.groups, *y.shape[2:])
         self.inputs += _correlate(ones, x, geometry).reshape(self.inputs.shape)
         self.outputs += y.transpose(0, 1).flatten(1).sum(1).reshape(self.outputs.shape)
-        self.squares += y.square().sum()
         self.count += y[:, 0].numel()
 
-    def with_targets(self, matrices: Tensor, shift: Tensor | None) -> Moments:
-        """The same inputs with the targets that the map x → matrices x + shift makes of them."""
-        matrices = matrices.double()
+    def with_targets_of(self, map: Affine) -> Moments:
+        """The same inputs, with what ``map`` makes of them as targets. The Gram matrix must be whole."""
+        matrices, shift = map.matrices.double(), map.shift
         product, outputs = matrices @ self.gram, (matrices @ self.inputs.unsqueeze(-1)).squeeze(-1)
         if shift is not None:
             shift = shift.double().reshape(outputs.shape)
             product = product + shift.unsqueeze(-1) * self.inputs.unsqueeze(-2)
             outputs = outputs + shift * self.count
-        return Moments(self.gram, product, self.inputs, outputs, self.squares, self.count)
+        return Moments(self.gram, product, self.inputs, outputs, self.count)
 
     def fit(self, anchor: Tensor, ridge: float, *, shifted: bool) -> tuple[Tensor, Tensor | None]:
         """argmin Σ ‖W x + b − y‖² + ridge · m · ‖W − anchor‖², m being the mean eigenvalue of x's Gram matrix.
@@ -106,17 +102,11 @@ class Moments:
         scale = torch.maximum(_mean_eigenvalue(gram), least)
         scale = torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
         solution = ops.layer_solve(gram / scale, product / scale, filter="ridge", ridge=ridge, anchor=anchor.double())
-        if not shifted:
-            return solution.T, None
-        return solution.T, (self.outputs - (solution.T @ self.inputs.unsqueeze(-1)).squeeze(-1)) / self.count
+        return solution.T, self.shift_of(solution.T) if shifted else None
 
-    def residual(self, weight: Tensor, shift: Tensor | None) -> float:
-        """(Σ ‖W x + b − y‖² / Σ ‖y‖²)^½: what the map x → W x + b leaves of the targets."""
-        fitted = self.with_targets(weight, shift)
-        left = self.squares + (weight * (fitted.product - 2 * self.product)).sum()
-        if shift is not None:
-            left = left + (shift.reshape(self.outputs.shape) * (fitted.outputs - 2 * self.outputs)).sum()
-        return float((left.clamp_min(0) / self.squares).sqrt()) if self.squares > 0 else 0.0
+    def shift_of(self, weight: Tensor) -> Tensor:
+        """The b with which W x + b has the mean of y, [groups, out]."""
+        return (self.outputs - (weight @ self.inputs.unsqueeze(-1)).squeeze(-1)) / self.count
 
 
 def _mean_eigenvalue(gram: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from statsmerge_ext.methods import (  # importing a method's module registers it
     adamerging,
+    drift_compensation,
     layer_wise_anchor,
     linear,
     lot,
@@ -15,6 +16,7 @@ from statsmerge_ext.methods.registry import Method, get_method, list_methods, re
 __all__ = [
     "Method",
     "adamerging",
+    "drift_compensation",
     "get_method",
     "linear",
     "list_methods",

@@ -53,7 +53,7 @@ def lockstep(
     places = {layer.name: place for place, layer in enumerate(layers)}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
-    running = [_Pass(_sharing_copy(model), layers, forward, batch) for model, batch in passes]
+    running = [_Pass(sharing_copy(model), layers, forward, batch) for model, batch in passes]
     try:
         for each in running:
             each.advance()
@@ -119,7 +119,7 @@ class _Pass:
             raise _GivenUp
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
+def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model``'s modules, with hooks and state of their own, around the same parameters and buffers."""
     shared = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

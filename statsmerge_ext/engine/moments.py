@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -52,29 +55,41 @@ class Moments:
         factors = None if weight is None else weight.reshape(1, -1).to(x)
         ops.gram_accumulate_(self.gram, x, weight=factors)
         ops.gram_accumulate_(self.product, y, other=x, weight=factors)
-        ones = x.new_ones(1, 1, x.shape[1]) if factors is None else factors.unsqueeze(1)
-        self.inputs += (ones @ x).squeeze(1)
-        self.outputs += (ones @ y).squeeze(1)
-        self.count += ones.sum()
+        self._add_means(x, y, factors)
 
     def add_channels(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         """Add rows x and y [..., channels], each channel being a group with one input and one output."""
-        x, y = x.reshape(-1, len(self.inputs)), y.reshape(-1, len(self.inputs))
-        ones = x.new_ones(1, len(x)) if weight is None else weight.reshape(1, -1).to(x)
-        self.gram += (ones @ x.square())[0, :, None, None]
-        self.product += (ones @ (x * y))[0, :, None, None]
-        self.inputs += (ones @ x)[0, :, None]
-        self.outputs += (ones @ y)[0, :, None]
-        self.count += ones.sum()
+        x, y = (tensor.reshape(-1, len(self.inputs)).T.unsqueeze(-1) for tensor in (x, y))
+        factors = None if weight is None else weight.reshape(1, -1).to(x)
+        weighted = x if factors is None else x * factors.unsqueeze(-1)
+        self.gram += (weighted * x).sum(1, keepdim=True)
+        self.product += (weighted * y).sum(1, keepdim=True)
+        self._add_means(x, y, factors)
 
     def add_patches(self, x: Tensor, y: Tensor, geometry: Geometry) -> None:
         """Add the patches of x [N, C, *spatial] and the outputs y [N, groups · out, *outputs] of a convolution."""
         ops.gram_accumulate_patches_(self.gram, x, **vars(geometry))
-        self.product += _correlate(y, x, geometry).reshape(self.product.shape)
-        ones = y.new_ones(len(y), geometry.groups, *y.shape[2:])
-        self.inputs += _correlate(ones, x, geometry).reshape(self.inputs.shape)
-        self.outputs += y.transpose(0, 1).flatten(1).sum(1).reshape(self.outputs.shape)
-        self.count += y[:, 0].numel()
+        targets, count = _by_groups(y, geometry.groups), math.prod(geometry.kernel_size)
+        products = self.product.unflatten(-1, (-1, count)).unbind(-1)
+        depthwise = self.product.shape[1:] == (1, count)
+        for product, tap in zip(products, _taps(x, geometry), strict=True):
+            values = _by_groups(tap, geometry.groups)
+            if depthwise:  # matrices of one entry: nothing for a matrix product to gain
+                product += (values * targets).sum(1, keepdim=True)
+            else:
+                ops.gram_accumulate_(product, targets, other=values)
+        for inputs, tap in zip(self.inputs.unflatten(-1, (-1, count)).unbind(-1), _taps(x.sum(0, True), geometry)):
+            inputs += tap.flatten(2).sum((0, 2)).reshape(inputs.shape)
+        self.outputs += targets.sum(1)
+        self.count += targets.shape[1]
+
+    def _add_means(self, x: Tensor, y: Tensor, factors: Tensor | None) -> None:
+        """Take account of rows x [groups, rows, in] and y [groups, rows, out] in all that is no product of the two."""
+        if factors is not None:
+            x, y = x * factors.unsqueeze(-1), y * factors.unsqueeze(-1)
+        self.inputs += x.sum(1)
+        self.outputs += y.sum(1)
+        self.count += x.shape[1] if factors is None else factors.double().sum()
 
     def with_targets_of(self, map: Affine) -> Moments:
         """The same inputs, with what ``map`` makes of them as targets. The Gram matrix must be whole."""
@@ -113,22 +128,17 @@ def _mean_eigenvalue(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
 
-def _correlate(y: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """Σ over positions of y times x's patches, [channels of y, C / groups, *kernel]: what the gradient of a convolution
-    with respect to its weight is, for the gradient y of its output."""
-    dims = len(geometry.kernel_size)
-    x = F.pad(x, [side for pair in reversed(geometry.padding) for side in pair])
-    shape = (y.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
-    return torch.ops.aten.convolution_backward(
-        y,
-        x,
-        y.new_empty(1).expand(shape),
-        None,
-        list(geometry.stride),
-        [0] * dims,
-        list(geometry.dilation),
-        False,
-        [0] * dims,
-        geometry.groups,
-        [False, True, False],
-    )[1]
+def _by_groups(x: Tensor, groups: int) -> Tensor:
+    """x [N, groups · channels, *spatial] as [groups, N · positions, channels]."""
+    return x.movedim(1, -1).flatten(0, -2).unflatten(-1, (groups, -1)).movedim(1, 0)
+
+
+def _taps(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """For every element of the kernel, what it meets of x at all positions: [N, C, *outputs]."""
+    outputs = geometry.outputs(x.shape[2:])
+    sides = [side for pair in reversed(geometry.padding) for side in pair]
+    x = F.pad(x, sides) if any(sides) else x
+    for offsets in itertools.product(*map(range, geometry.kernel_size)):
+        starts = [offset * spread for offset, spread in zip(offsets, geometry.dilation, strict=True)]
+        spans = zip(starts, outputs, geometry.stride, strict=True)
+        yield x[(..., *(slice(start, start + (count - 1) * step + 1, step) for start, count, step in spans))]

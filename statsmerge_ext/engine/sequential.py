@@ -8,10 +8,9 @@ replaced, and the passes go on. Each layer runs once for every expert and once f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from statsmerge_ext.calibration import Batch
 from statsmerge_ext.engine.affine import Affine, batch_norm_map, divisible, shifts_of
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.dataflow import Flow, trace_dataflow
-from statsmerge_ext.engine.lockstep import Step, lockstep
+from statsmerge_ext.engine.lockstep import Step, lockstep, sharing_copy
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.together import groups, join
@@ -64,31 +63,33 @@ class LayerEvidence:
     experts: Iterator[ExpertEvidence]
 
 
-#: Gives a layer's matrices [groups, out, in] and its shift [groups, out], None unless it is shifted.
-Fit = Callable[[LayerEvidence], tuple[Tensor, Tensor | None]]
+#: Gives a layer's matrices [groups, out, in] and its shift [groups, out], None unless it is shifted; or None for both,
+#: to leave the layer at the experts' mean.
+Fit = Callable[[LayerEvidence], tuple[Tensor, Tensor | None] | None]
 
 
-def merge_in_execution_order(problem: MergeProblem, fit: Fit) -> Solution:
+def merge_in_execution_order(problem: MergeProblem, fit: Fit, *, joint: bool = True) -> Solution:
     """Merge by solving each layer with ``fit``, once all layers before it are merged.
 
     Linear layers, convolutions and the scales of norms are solved together with their biases. A BatchNorm with frozen
     statistics is one affine map with the layer before it, and a residual connection one target; both are found by
-    :func:`~statsmerge_ext.engine.dataflow.trace_dataflow`. Embeddings are means of the experts' rows weighted by token
-    counts. All else starts and stays as the experts' mean: layers that are never called, bare parameters, the
-    statistics of BatchNorm. Up to the first layer that some expert changed, everything is the base's own.
+    :func:`~statsmerge_ext.engine.dataflow.trace_dataflow`. Without ``joint`` each weight is solved by itself, and
+    biases are the mean. Embeddings are means of the experts' rows weighted by token counts. All else starts and stays
+    as the experts' mean: layers that are never called, bare parameters, the statistics of BatchNorm. Up to the first
+    layer that some expert changed, everything is the base's own.
 
     A layer that is called several times in a forward pass is solved at each call from the sums over all calls so far:
     what comes after a call sees what was known then, and the last solution stands.
 
     Raises what the forward passes raise.
     """
-    return _SequentialMerge(problem, fit).run()
+    return _SequentialMerge(problem, fit, joint).run()
 
 
 class _SequentialMerge:
-    def __init__(self, problem: MergeProblem, fit: Fit) -> None:
+    def __init__(self, problem: MergeProblem, fit: Fit, joint: bool) -> None:
         self._problem, self._fit = problem, fit
-        self._shifts = shifts_of(problem.layers)
+        self._shifts = shifts_of(problem.layers) if joint else {}
         self._batches: list[tuple[str, Batch]] = [
             (name, join([batches[place] for place in places]))
             for name, batches in problem.batches.items()
@@ -102,7 +103,9 @@ class _SequentialMerge:
         self._merged = model
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._flows = trace_dataflow(model, problem.layers, problem.forward, _one_sample(self._batches[0][1]))
-        self._skips: dict[str, list] = {}  # layer -> what its residual connection carries, own and merged, a batch
+        if not joint:
+            self._flows = {name: replace(flow, norm=None, skip=None) for name, flow in self._flows.items()}
+        self._skips: dict[str, list] = {}  # layer -> what its residual connection carries, a pair a batch
         self._sums: dict[tuple[str, str], Moments] = {}  # of layers that are called again, and experts
         self._counts: dict[str, Tensor] = {}  # of each embedding's rows, [K, rows]
         self._seen: set[str] = set()
@@ -130,13 +133,14 @@ class _SequentialMerge:
             _Call(name, batch, own, now)
             for (name, batch), own, now in zip(self._batches, step.arrivals[:half], step.arrivals[half:], strict=True)
         ]
+        if not any(call.now for call in calls):
+            return
+        self._seen.add(layer.name)
         for name, flow in self._flows.items():
             if flow.skip == layer.name:
-                self._skips[name] = [call.own and call.now and (call.own.input, call.now.input) for call in calls]
-        self._seen.add(layer.name)
-        shift = self._shifts.get(layer.name)
-        for part in (layer, shift) if shift else (layer,):
-            self._changed |= any(bool(vector.any()) for vector in self._problem.task_vectors(part))
+                self._skips[name] = [call.inputs() for call in calls]
+        parts = [part for part in (layer, self._shifts.get(layer.name)) if part]
+        self._changed = self._changed or any(bool(t.any()) for part in parts for t in self._problem.task_vectors(part))
         if self._changed and layer.kind == "embedding":
             self._average_rows(layer, calls)
         elif self._changed:
@@ -171,7 +175,10 @@ class _SequentialMerge:
 
         base = affine(self._problem.base_part)
         shifted = shift is not None or norm is not None
-        merged = base.with_matrices(*self._fit(LayerEvidence(layer, base, shifted, experts())))
+        fitted = self._fit(LayerEvidence(layer, base, shifted, experts()))
+        if fitted is None:
+            return
+        merged = base.with_matrices(*fitted)
         self._store(layer, merged.weight - flow.offset)
         if shift:
             self._store(shift, merged.shift)
@@ -179,14 +186,15 @@ class _SequentialMerge:
     def _lacking(self, layer: Layer, place: int, scale: Tensor | float) -> Tensor | float:
         """What the residual connection around ``layer`` carries less of in the merged model than in the expert's, for
         batch number ``place``, before the factor ``scale`` of a BatchNorm."""
-        carried = self._skips.get(layer.name, [None] * (place + 1))[place]
-        if not carried:
+        if layer.name not in self._skips or self._skips[layer.name][place] is None:
             return 0.0
-        difference = carried[0] - carried[1]
-        module = self._merged.get_submodule(layer.module)
+        own, now = self._skips[layer.name][place]
+        lacking = own - now
+        if isinstance(self._merged.get_submodule(layer.module), CHANNEL_NORMS):
+            lacking = lacking.movedim(1, -1)
         if isinstance(scale, Tensor):
-            return difference / scale.reshape(-1, *[1] * (difference.dim() - 2 if layer.kind == "conv" else 0))
-        return difference.movedim(1, -1) if isinstance(module, CHANNEL_NORMS) else difference
+            scale = scale.reshape(-1, *[1] * (lacking.dim() - 2 if layer.kind == "conv" else 0))
+        return lacking / scale
 
     def _average_rows(self, layer: Layer, calls: list[_Call]) -> None:
         base, task_vectors = self._problem.base_part(layer), torch.stack(self._problem.task_vectors(layer))
@@ -220,14 +228,20 @@ class _Call:
     def mask(self) -> Tensor | None:
         return self.batch.get("attention_mask") if isinstance(self.batch, Mapping) else None
 
+    def inputs(self) -> tuple[Tensor, Tensor] | None:
+        """The expert's input and the merged model's, or None where they are not of the same rows."""
+        if self.own and self.now and self.own.input.shape == self.now.input.shape:
+            return self.own.input, self.now.input
+        return None
+
 
 def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | float) -> None:
     """Add the rows of one batch. Where expert and merged model do not see the same rows (a mixture of experts sends
     tokens elsewhere), what the expert makes of the merged model's is the target."""
     x = call.now.features().to(own.weight.dtype)
-    own_x = call.own.features().to(x) if call.own else x
+    own_x = call.own.features().to(x) if call.inputs() else x
     geometry = call.now.view if own.layer.kind == "conv" else None
-    y = own(own_x if own_x.shape == x.shape else x, geometry) + lacking
+    y = own(own_x, geometry) + lacking
     if own.layer.kind == "conv":
         moments.add_patches(x, y, geometry)
     elif own.layer.kind == "scale":
@@ -239,7 +253,7 @@ def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | float) ->
 
 def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of ``model`` around the tensors of ``state``, which are not copied where dtype and device agree."""
-    model = copy.deepcopy(model)
+    model = sharing_copy(model)
     tensors = {key: state[key].to(like) if key in state else like for key, like in model.state_dict().items()}
     model.load_state_dict(tensors, assign=True)
     return model

@@ -3,13 +3,17 @@
 from statsmerge_ext.methods import (  # importing a method's module registers it
     adamerging,
     drift_compensation,
+    iso_c,
     layer_wise_anchor,
     linear,
     lot,
     regmean,
+    regmean_plus_plus,
     stats_merging,
     task_arithmetic,
     ties,
+    tsv_m,
+    wudi,
 )
 from statsmerge_ext.methods.registry import Method, get_method, list_methods, register_method
 
@@ -18,13 +22,17 @@ __all__ = [
     "adamerging",
     "drift_compensation",
     "get_method",
+    "iso_c",
     "linear",
     "list_methods",
     "layer_wise_anchor",
     "lot",
     "register_method",
     "regmean",
+    "regmean_plus_plus",
     "stats_merging",
     "task_arithmetic",
     "ties",
+    "tsv_m",
+    "wudi",
 ]

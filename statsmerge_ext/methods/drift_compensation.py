@@ -13,7 +13,7 @@ from statsmerge_ext.methods.registry import register_method
 
 @register_method("drift_compensation", needs=("batches",))
 def drift_compensation(
-    problem: MergeProblem, *, scaling_factor: float = 1.2, ridge: float = 1e-3, drift_ridge: float = 3e-2
+    problem: MergeProblem, *, scaling_factor: float = 1.3, ridge: float = 3e-3, drift_ridge: float = 5e-2
 ) -> Solution:
     """W = W_0 + λ (W* − W_0) with, for each layer in execution order, the W* that takes the merged model's own inputs
     X̃_k nearest to the experts' outputs: min Σ_k ‖X̃_k W*ᵀ − X_k W_kᵀ‖².

@@ -1,6 +1,6 @@
 """Drift compensation beside LOT Merging on a suite's validation split: share of the gap recovered, and seconds.
 
-    python benchmarks/drift_compensation.py [--suite vision8] [--samples 64] [--seeds 3]
+    python benchmarks/drift_compensation.py [--suite vision8] [--samples 64] [--seeds 3] [--setting 0]
 
 Adds to benchmarks/results/drift_compensation.json: one entry a suite, number of samples and setting.
 """
@@ -20,10 +20,14 @@ from statsmerge_ext.evaluation.suites import get_suite, list_suites
 from statsmerge_ext.memory import keep_freed_memory
 
 SETTINGS = [
-    *(("lot", {"scaling_factor": factor}) for factor in (1.0, 1.3, 1.5)),
-    *(("drift_compensation", {"scaling_factor": factor}) for factor in (1.0, 1.3, 1.5)),
+    ("drift_compensation", {"scaling_factor": 1.3}),
+    ("lot", {"scaling_factor": 1.3}),
+    ("drift_compensation", {"scaling_factor": 1.0}),
     ("drift_compensation", {"drift_ridge": 3e-3}),  # one ridge for both parts of the target
     ("drift_compensation", {"drift_ridge": 1e6}),  # no drift is compensated
+    ("drift_compensation", {"scaling_factor": 1.5}),
+    ("lot", {"scaling_factor": 1.5}),
+    ("regmean_plus_plus", {"reduce_non_diagonal_ratio": 1.0}),
 ]
 PATH = RESULTS / "drift_compensation.json"
 
@@ -33,6 +37,7 @@ def main() -> None:
     parser.add_argument("--suite", default="vision8", choices=list_suites())
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--setting", type=int, action="append", help="number of one of SETTINGS; default: all")
     options = parser.parse_args()
     keep_freed_memory()
     suite = get_suite(options.suite)
@@ -40,7 +45,7 @@ def main() -> None:
     models = load_models(suite)
     base = statistics.fmean(evaluate_model(models[0], suite, "validation").values())
     experts = statistics.fmean(evaluate_experts(suite, "validation").values())
-    for entry, setting in SETTINGS:
+    for entry, setting in SETTINGS if options.setting is None else [SETTINGS[i] for i in options.setting]:
         recovered, seconds = [], []
         for seed in range(options.seeds):
             calibration = calibration_of(suite, options.samples, seed)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.matrices import map_matrices
 from statsmerge_ext.methods.registry import register_method
 
 
 @register_method("wudi")
-def wudi(problem: MergeProblem, *, scaling_factor: float = 1.0, rcond: float = 1e-6) -> Solution:
+def wudi(problem: MergeProblem, *, scaling_factor: float = 1.0, ridge: float = 1e-6) -> Solution:
     """θ = θ_0 + λ T with, for each weight matrix, the T of least norm in min Σ_k ‖(T − τ_k) τ_kᵀ‖² / ‖τ_k‖².
 
     A task vector's rows lie in the space of the inputs it was trained on, so that T interferes least with what each
@@ -21,8 +22,14 @@ def wudi(problem: MergeProblem, *, scaling_factor: float = 1.0, rcond: float = 1
 
     Args:
         scaling_factor: λ.
-        rcond: eigenvalues of C up to rcond × the largest count as zero.
+        ridge: added to the eigenvalues of C, as a part of their mean: directions that no task vector has stay zero.
+
+    Raises:
+        MethodError: a ridge that is not above 0.
     """
+
+    if not 0 < ridge < float("inf"):
+        raise MethodError(f"ridge: expected a number above 0, got {ridge}")
 
     def merge(task_vectors: list[Tensor]) -> Tensor:
         groups, _, columns = task_vectors[0].shape
@@ -34,6 +41,8 @@ def wudi(problem: MergeProblem, *, scaling_factor: float = 1.0, rcond: float = 1
                 own = ops.symmetrize_(ops.gram_accumulate_(torch.zeros_like(gram), unit))
                 ops.gram_accumulate_(product, task_vector.mT.contiguous(), other=own)
                 gram += own
-        return ops.layer_solve(gram, product, rcond=rcond).T
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        mean = torch.where(mean > 0, mean, 1)
+        return ops.layer_solve(gram / mean, product / mean, filter="ridge", ridge=ridge).T
 
     return map_matrices(problem, merge, scaling_factor)

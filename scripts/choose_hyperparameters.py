@@ -40,6 +40,7 @@ GRIDS: dict[str, dict[str, list]] = {
     "adamerging": {"lr": [1e-2, 3e-2]},
     "stats_merging/layer": STATS_MERGING,
     "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
+    "drift_compensation": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
 }
 
 
@@ -59,7 +60,7 @@ def main() -> None:
             scores = []
             for values in itertools.product(*grid.values()):
                 setting = dict(zip(grid, values, strict=True))
-                if "batches" in get_method(entry.partition("/")[0]).needs:
+                if "epochs" in get_method(entry.partition("/")[0]).hyperparameters:
                     setting |= EPOCHS[name]
                 merged = merge_suite(
                     suite, entry, models, calibration, evidence=evidence, hyperparameters=setting

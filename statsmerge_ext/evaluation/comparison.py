@@ -31,6 +31,7 @@ ENTRIES = (
     "adamerging",
     "stats_merging/layer",
     "lot",
+    "drift_compensation",
 )
 CALIBRATION_SAMPLES = 64
 

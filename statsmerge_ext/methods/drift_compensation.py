@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from statsmerge_ext.engine.moments import Moments
@@ -39,11 +42,14 @@ def drift_compensation(
 
     def fit(evidence: LayerEvidence) -> tuple[Tensor, Tensor | None]:
         base, shifted = evidence.base.matrices, evidence.shifted
-        total, linear = Moments.zeros_like(base), Moments.zeros_like(base)
+        total = Moments.zeros_like(base)
+        product, outputs = torch.zeros_like(total.product), torch.zeros_like(total.outputs)
         for expert in evidence.experts:
             total.add(expert.moments)
-            linear.add(expert.moments.with_targets_of(expert.map))
-        anchor, _ = linear.fit(base, ridge, shifted=shifted)
+            on_merged = expert.moments.with_targets_of(expert.map)
+            product += on_merged.product
+            outputs += on_merged.outputs
+        anchor, _ = replace(total, product=product, outputs=outputs).fit(base, ridge, shifted=shifted)
         matrices, shift = total.fit(anchor, drift_ridge, shifted=shifted)
         if evidence.layer.kind != "scale":
             matrices = base + scaling_factor * (matrices - base)

@@ -56,6 +56,8 @@ def trace_dataflow(
         for handle in handles:
             handle.remove()
     for flow in tracer.flows.values():
+        if flow.norm is not None and flow.calls + tracer.flows[flow.norm.name].calls > 2:
+            flow.norm = None  # called again, elsewhere perhaps
         if flow.norm is not None and flow.skip is None:
             flow.skip = tracer.flows[flow.norm.name].skip
     return tracer.flows
@@ -130,4 +132,5 @@ class _Tracer(TorchFunctionMode):
 
 def _is_frozen(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm that scales and shifts by statistics of its own, not by its batch's."""
-    return isinstance(module, _BATCH_NORM) and module.running_var is not None and not module.training
+    frozen = isinstance(module, _BATCH_NORM) and module.running_var is not None and not module.training
+    return frozen and module.bias is not None

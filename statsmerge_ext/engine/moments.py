@@ -108,20 +108,29 @@ class Moments:
 
         Returns: W [groups, out, in] in float64, and b [groups, out] or None.
         """
-        gram, product = self.gram, self.product
-        least = _RESOLUTION * _mean_eigenvalue(gram)
-        if shifted:
-            means = self.inputs / self.count
-            gram = gram - self.inputs.unsqueeze(-1) * means.unsqueeze(-2)
-            product = product - self.outputs.unsqueeze(-1) * means.unsqueeze(-2)
+        gram, product = self._centred() if shifted else (self.gram, self.product)
+        least = _RESOLUTION * _mean_eigenvalue(self.gram)
         scale = torch.maximum(_mean_eigenvalue(gram), least)
         scale = torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
         solution = ops.layer_solve(gram / scale, product / scale, filter="ridge", ridge=ridge, anchor=anchor.double())
         return solution.T, self.shift_of(solution.T) if shifted else None
 
+    def gains(self, weight: Tensor, ridge: float) -> Tensor:
+        """argmin for each output of Σ (g (W x) + b − y)² with b free and a ridge that holds on to g = 1, a part of the
+        variance of W x: [groups, out]."""
+        gram, product = self._centred()
+        variance, covariance = ((weight @ gram) * weight).sum(-1), (weight * product).sum(-1)
+        usable = variance > _RESOLUTION * ((weight @ self.gram) * weight).sum(-1)
+        return torch.where(usable, (covariance / variance + ridge) / (1 + ridge), 1)
+
     def shift_of(self, weight: Tensor) -> Tensor:
         """The b with which W x + b has the mean of y, [groups, out]."""
         return (self.outputs - (weight @ self.inputs.unsqueeze(-1)).squeeze(-1)) / self.count
+
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        """``gram`` and ``product`` of inputs less their mean."""
+        means = (self.inputs / self.count).unsqueeze(-2)
+        return self.gram - self.inputs.unsqueeze(-1) * means, self.product - self.outputs.unsqueeze(-1) * means
 
 
 def _mean_eigenvalue(gram: Tensor) -> Tensor:

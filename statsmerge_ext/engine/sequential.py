@@ -54,12 +54,14 @@ class LayerEvidence:
         layer: of kind "linear", "conv" or "scale".
         base: the base's layer.
         shifted: the shift is to be fitted too. It is the layer's bias, or that of the BatchNorm after it.
+        normed: there is a BatchNorm after it, whose factors are those of the experts' mean.
         experts: gives the experts' evidence one by one, once; each is computed when it is asked for.
     """
 
     layer: Layer
     base: Affine
     shifted: bool
+    normed: bool
     experts: Iterator[ExpertEvidence]
 
 
@@ -109,6 +111,7 @@ class _SequentialMerge:
         self._sums: dict[tuple[str, str], Moments] = {}  # of layers that are called again, and experts
         self._counts: dict[str, Tensor] = {}  # of each embedding's rows, [K, rows]
         self._seen: set[str] = set()
+        self._solved_norms: set[str] = set()  # together with the layers before them
         self._changed = False
 
     def run(self) -> Solution:
@@ -143,7 +146,7 @@ class _SequentialMerge:
         self._changed = self._changed or any(bool(t.any()) for part in parts for t in self._problem.task_vectors(part))
         if self._changed and layer.kind == "embedding":
             self._average_rows(layer, calls)
-        elif self._changed:
+        elif self._changed and layer.name not in self._solved_norms:
             self._solve(layer, calls)
         self._skips.pop(layer.name, None)
 
@@ -175,13 +178,18 @@ class _SequentialMerge:
 
         base = affine(self._problem.base_part)
         shifted = shift is not None or norm is not None
-        fitted = self._fit(LayerEvidence(layer, base, shifted, experts()))
+        fitted = self._fit(LayerEvidence(layer, base, shifted, norm is not None, experts()))
         if fitted is None:
             return
         merged = base.with_matrices(*fitted)
         self._store(layer, merged.weight - flow.offset)
         if shift:
             self._store(shift, merged.shift)
+        if norm is not None:  # its factor stays; without a bias before it, the shift goes into its own
+            held = norm.running_mean if shift else norm.running_mean + merged.shift
+            self._store(flow.norm, scale * (norm.running_var + norm.eps).sqrt())
+            self._store(self._shifts[flow.norm.name], summand + scale * held)
+            self._solved_norms.add(flow.norm.name)
 
     def _lacking(self, layer: Layer, place: int, scale: Tensor | float) -> Tensor | float:
         """What the residual connection around ``layer`` carries less of in the merged model than in the expert's, for

@@ -53,6 +53,8 @@ def drift_compensation(
         matrices, shift = total.fit(anchor, drift_ridge, shifted=shifted)
         if evidence.layer.kind != "scale":
             matrices = base + scaling_factor * (matrices - base)
+            if evidence.normed:
+                matrices = matrices * total.gains(matrices, drift_ridge).unsqueeze(-1)
             shift = total.shift_of(matrices) if shifted else None
         return matrices, shift
 

@@ -10,6 +10,7 @@ from statsmerge_ext import merge
 from tests.closed_forms import make_experts, relative_error
 
 METHODS = ("wudi", "tsv_m", "iso_c")
+EXACT = {"wudi": {"ridge": 1e-9}}  # the references are pseudo-inverses
 
 
 def moved(base, experts, key):
@@ -44,12 +45,12 @@ REFERENCES = {"wudi": wudi, "tsv_m": tsv_m, "iso_c": iso_c}
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (90, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (120, 30)], ids=str)
 def test_linear(method, shape):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(*shape))
     experts = make_experts(base)
-    merged = merge(method, base=base, experts=experts, scaling_factor=0.7).model
+    merged = merge(method, base=base, experts=experts, scaling_factor=0.7, **EXACT.get(method, {})).model
     ours = merged[0].weight.double() - base[0].weight.double()
     assert relative_error(ours, 0.7 * REFERENCES[method](moved(base, experts, "0.weight"))) <= 1e-4
     torch.testing.assert_close(
@@ -62,7 +63,8 @@ def test_groups_of_a_convolution_are_matrices_of_their_own(method):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(8, 12, 3, groups=2))
     experts = make_experts(base)
-    ours = merge(method, base=base, experts=experts).model[0].weight.double() - base[0].weight.double()
+    merged = merge(method, base=base, experts=experts, **EXACT.get(method, {})).model
+    ours = merged[0].weight.double() - base[0].weight.double()
     task_vectors = [t.flatten(1).chunk(2) for t in moved(base, experts, "0.weight")]
     norms = [torch.cat(t).norm() for t in task_vectors]
     for group, part in enumerate(ours.flatten(1).chunk(2)):

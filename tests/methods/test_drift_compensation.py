@@ -83,11 +83,24 @@ def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge
         fitted = least_squares(x, y, anchor, drift_ridge, shifted)
         if not is_scale:
             fitted = first + scaling_factor * (fitted - first)
+        if norm:
+            fitted = torch.stack([gain(x @ row, y[:, i], drift_ridge) * row for i, row in enumerate(fitted)])
         weight[channels] = fitted.reshape(weight[channels].shape)
         shifts[channels] = (y - x @ fitted.T).mean(0)
     module.weight.copy_(weight)
     if module.bias is not None:
         module.bias.copy_(shifts)
+    if norm:
+        after = merged.get_submodule(norm)
+        after.bias += (
+            after.weight * (shifts - (0 if module.bias is None else shifts)) / (after.running_var + after.eps).sqrt()
+        )
+
+
+def gain(x, y, ridge):
+    """min (g x + b − y)² + ridge · x's square · (g − 1)²."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x @ y + ridge * x @ x) / ((1 + ridge) * x @ x) if x.any() else torch.ones(())  # a channel may be dead
 
 
 def seen(model, x):
@@ -170,11 +183,11 @@ def test_convolutional_network():
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self):
+    def __init__(self, bias=False):
         super().__init__()
-        self.expand, self.norm0 = nn.Conv2d(4, 10, 1, bias=False), nn.BatchNorm2d(10)
-        self.depthwise, self.norm1 = nn.Conv2d(10, 10, 3, padding=1, groups=10, bias=False), nn.BatchNorm2d(10)
-        self.project, self.norm2 = nn.Conv2d(10, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.expand, self.norm0 = nn.Conv2d(4, 10, 1, bias=bias), nn.BatchNorm2d(10)
+        self.depthwise, self.norm1 = nn.Conv2d(10, 10, 3, padding=1, groups=10, bias=bias), nn.BatchNorm2d(10)
+        self.project, self.norm2 = nn.Conv2d(10, 4, 1, bias=bias), nn.BatchNorm2d(4)
 
     def forward(self, x):
         y = F.relu6(self.norm0(self.expand(x)))
@@ -182,14 +195,20 @@ class ResidualBlock(nn.Module):
         return x + self.norm2(self.project(y))
 
 
-def test_residual_network_with_frozen_batch_norms():
+@pytest.mark.parametrize("bias", [False, True])
+def test_residual_network_with_frozen_batch_norms(bias):
     torch.manual_seed(0)
-    base = randomise_statistics(nn.Sequential(ResidualBlock(), ResidualBlock()))
-    names = [("expand", "norm0"), ("depthwise", "norm1"), ("project", "norm2")]
-    order = [f"{i}.{name}" for i in (0, 1) for pair in names for name in pair]
-    norms = {f"{i}.{conv}": f"{i}.{norm}" for i in (0, 1) for conv, norm in names}
-    skips = {f"{i}.{name}": f"{i}.expand" for i in (0, 1) for name in ("project", "norm2")}
-    check(base, inputs(6, 4, 5, 5), order, norms, skips)
+    base = randomise_statistics(nn.Sequential(ResidualBlock(bias), ResidualBlock(bias)))
+    pairs = (("expand", "norm0"), ("depthwise", "norm1"), ("project", "norm2"))
+    norms = {f"{i}.{conv}": f"{i}.{norm}" for i in (0, 1) for conv, norm in pairs}
+    skips = {f"{i}.project": f"{i}.expand" for i in (0, 1)}
+    check(base, inputs(6, 4, 5, 5), list(norms), norms, skips)
+
+
+def test_batch_norms_that_follow_no_layer():
+    torch.manual_seed(0)
+    base = randomise_statistics(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.BatchNorm2d(6)))
+    check(base, inputs(6, 4, 5, 5), ["0", "1", "3"])
 
 
 class Branching(nn.Module):

@@ -107,10 +107,11 @@ class MergeProblem:
 
         Where nothing changed the base's own bits are kept: zero task vectors give the base back exactly.
         """
+        original = self.base[layer.parameter].detach()
         if layer.parameter not in parameters:
-            parameters[layer.parameter] = self.base[layer.parameter].detach().clone()
+            parameters[layer.parameter] = original.clone()
         part = layer.part(parameters[layer.parameter])
-        part.copy_(torch.where(merged == base, part, merged.to(part.dtype)))
+        part.copy_(torch.where(merged == base, layer.part(original), merged.to(part.dtype)))
 
     def _differences(self, layer: Layer, base: Tensor) -> list[Tensor]:
         return [self.expert_part(layer, name) - base for name in self.experts]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def lockstep(
     ``layers``.
 
     Args:
-        passes: pairs of a model and a batch for it. A model may take part in several passes; each gets a copy of its
+        passes: pairs of a model and a batch for it. Where a model takes part in several passes, each gets a copy of its
             modules with the very same parameters and buffers.
         layers: of :func:`~statsmerge_ext.layers.find_layers` for that architecture.
         forward: runs a model on a batch.
@@ -53,7 +54,10 @@ def lockstep(
     places = {layer.name: place for place, layer in enumerate(layers)}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
-    running = [_Pass(sharing_copy(model), layers, forward, batch) for model, batch in passes]
+    uses = Counter(id(model) for model, _ in passes)
+    running = [
+        _Pass(sharing_copy(model) if uses[id(model)] > 1 else model, layers, forward, batch) for model, batch in passes
+    ]
     try:
         for each in running:
             each.advance()

@@ -73,11 +73,10 @@ class Moments:
         products = self.product.unflatten(-1, (-1, count)).unbind(-1)
         depthwise = self.product.shape[1:] == (1, count)
         for product, tap in zip(products, _taps(x, geometry), strict=True):
-            values = _by_groups(tap, geometry.groups)
             if depthwise:  # matrices of one entry: nothing for a matrix product to gain
-                product += (values * targets).sum(1, keepdim=True)
+                product += (tap * y).movedim(1, -1).flatten(0, -2).sum(0).reshape(product.shape)
             else:
-                ops.gram_accumulate_(product, targets, other=values)
+                ops.gram_accumulate_(product, targets, other=_by_groups(tap, geometry.groups))
         for inputs, tap in zip(self.inputs.unflatten(-1, (-1, count)).unbind(-1), _taps(x.sum(0, True), geometry)):
             inputs += tap.flatten(2).sum((0, 2)).reshape(inputs.shape)
         self.outputs += targets.sum(1)

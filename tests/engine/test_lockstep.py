@@ -24,7 +24,7 @@ def run(passes, layers, forward=lambda model, x: model(x)):
 def test_all_passes_stop_at_every_layer_with_their_own_inputs():
     models = [network(), network().double()]
     xs = [torch.randn(3, 4), torch.randn(7, 4, dtype=torch.float64)]
-    steps = run(zip(models, xs, strict=True), find_layers(models[0]))
+    steps = run(list(zip(models, xs, strict=True)), find_layers(models[0]))
     assert [step.layers[0].name for step in steps] == ["0.weight", "2.weight", "3.weight", "4.weight"]
     for model, x, seen in zip(models, xs, zip(*(step.arrivals for step in steps), strict=True), strict=True):
         for observation, end in zip(seen, (0, 2, 3, 4), strict=True):

@@ -27,6 +27,7 @@ from statsmerge_ext.evaluation.comparison import (
 )
 from statsmerge_ext.evaluation.run import evaluate_model
 from statsmerge_ext.evaluation.suites import get_suite, list_suites
+from statsmerge_ext.methods import get_method
 
 # Learning is given few epochs, so that all of a demonstration takes minutes on two cores.
 EPOCHS = {
@@ -47,6 +48,7 @@ GRIDS: dict[str, dict[str, list]] = {
     "stats_merging/own": OWN | {"loss": ["cross_entropy", "kl"]},
     "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
     "lot+stats_merging": OWN | {"init_values": [0.0], "loss": ["kl"]},
+    "drift_compensation": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
 }
 
 
@@ -79,7 +81,7 @@ def main() -> None:
 
 
 def learns(entry: str) -> bool:
-    return "batches" in needs_of(entry)
+    return any("epochs" in get_method(step.partition("/")[0]).hyperparameters for step in entry.split("+"))
 
 
 def update(path: Path, entry: str, value: object) -> None:

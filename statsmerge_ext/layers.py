@@ -19,7 +19,7 @@ from statsmerge_ext.checkpoints.compatibility import floating_names, shape_of
 KINDS = ("linear", "conv", "scale", "bias", "embedding", "other")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CHANNEL_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+CHANNEL_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 #: Names under which a state dict alone, without its model, shows the statistics of a normalisation.
 _BUFFER_SUFFIXES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -111,7 +111,7 @@ def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation with a scale: torch's own, or any leaf class named "…Norm"
     with a vector ``weight`` (transformers' RMSNorm classes)."""
     weight = getattr(module, "weight", None)
-    if isinstance(module, (*_CHANNEL_NORMS, nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, (*CHANNEL_NORMS, nn.LayerNorm, nn.RMSNorm)):
         return weight is not None
     leaf = next(module.children(), None) is None
     return leaf and "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 1

@@ -102,9 +102,13 @@ class MergeProblem:
         """
         return self._read(layer, self.base, self.base_source)
 
+    def expert_part(self, layer: Layer, name: str) -> Tensor:
+        """``layer`` of the expert called ``name``, as :meth:`base_part`."""
+        return self._read(layer, self.experts[name], self.sources.get(name, f"expert {name!r}"))
+
     def task_vector(self, layer: Layer, name: str) -> Tensor:
         """τ = θ_k − θ_0 of ``layer`` for the expert called ``name``, in the dtype of :meth:`base_part`."""
-        return self._read_expert(layer, name) - self.base_part(layer)
+        return self.expert_part(layer, name) - self.base_part(layer)
 
     def task_vectors(self, layer: Layer) -> list[Tensor]:
         """τ_k = θ_k − θ_0 of ``layer`` for every expert, in the dtype of :meth:`base_part`.
@@ -135,16 +139,14 @@ class MergeProblem:
 
         Where nothing changed the base's own bits are kept: zero task vectors give the base back exactly.
         """
+        original = self.base[layer.parameter].detach()
         if layer.parameter not in parameters:
-            parameters[layer.parameter] = self.base[layer.parameter].detach().clone()
+            parameters[layer.parameter] = original.clone()
         part = layer.part(parameters[layer.parameter])
-        part.copy_(_settled(part, base, merged))
+        part.copy_(_settled(layer.part(original), base, merged))
 
     def _differences(self, layer: Layer, base: Tensor) -> list[Tensor]:
-        return [self._read_expert(layer, name) - base for name in self.experts]
-
-    def _read_expert(self, layer: Layer, name: str) -> Tensor:
-        return self._read(layer, self.experts[name], self.sources.get(name, f"expert {name!r}"))
+        return [self.expert_part(layer, name) - base for name in self.experts]
 
     def _read(self, layer: Layer, state: Mapping[str, Tensor], source: str) -> Tensor:
         return _computed(check_finite(layer.parameter, layer.part(state[layer.parameter].detach()), source))

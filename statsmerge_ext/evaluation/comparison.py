@@ -35,6 +35,7 @@ ENTRIES = (
     "stats_merging/own",
     "lot",
     "lot+stats_merging",
+    "drift_compensation",
 )
 CALIBRATION_SAMPLES = 64
 

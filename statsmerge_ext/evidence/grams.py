@@ -270,15 +270,5 @@ class _Collector:
 
     def _token_weight(self, observation: Observation, tokens: torch.Size) -> Tensor | None:
         """The mask's weights for an input whose leading dimensions are ``tokens``; None where every row counts."""
-        if self.mask is None:
-            return None
-        mask = self.mask.to(self.gram_dtype)
-        if observation.tokens_first:
-            mask = mask.T
-        if tokens == mask.shape:
-            return mask
-        if tokens == (mask.shape[0] * mask.shape[1],):
-            return mask.flatten()
-        if tokens == (1, mask.shape[1]):  # position indices, the same for the whole batch
-            return mask.sum(0, keepdim=True)
-        return None
+        weight = observation.token_weight(self.mask, tokens)
+        return None if weight is None else weight.to(self.gram_dtype)

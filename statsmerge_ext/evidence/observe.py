@@ -57,6 +57,21 @@ class Observation:
     features: Callable[[], Tensor]
     tokens_first: bool = False
 
+    def token_weight(self, mask: Tensor | None, tokens: torch.Size) -> Tensor | None:
+        """A batch's attention ``mask`` [N, T] as factors of an input whose leading dimensions are ``tokens``; None
+        where every row counts."""
+        if mask is None:
+            return None
+        if self.tokens_first:
+            mask = mask.T
+        if tokens == mask.shape:
+            return mask
+        if tokens == (mask.shape[0] * mask.shape[1],):
+            return mask.flatten()
+        if tokens == (1, mask.shape[1]):  # position indices, the same for the whole batch
+            return mask.sum(0, keepdim=True)
+        return None
+
 
 @contextlib.contextmanager
 def observe(model: nn.Module, layers: list[Layer], receive: Callable[[Observation], None]) -> Iterator[None]:

@@ -333,6 +333,7 @@ def test_demo_runs_every_entry_by_default(registered, tmp_path, monkeypatch):
         "stats_merging",
         "adamerging",
         "lot",
+        "drift_compensation",
     }
 
 

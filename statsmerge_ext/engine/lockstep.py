@@ -1,0 +1,129 @@
+"""Many forward passes through the same layers, side by side.
+
+Each pass runs in a thread of its own that is suspended whenever one of the watched layers is about to be called. Only
+one thread runs at a time, so that results do not depend on scheduling. Between two steps the weights of a layer may be
+changed in place: the passes that wait there, and all that comes after, see the new ones. A model of any module tree is
+thus gone through once, in execution order, with no more in memory than what the passes hold at one layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from statsmerge_ext.evidence.observe import Observation, observe
+from statsmerge_ext.layers import Layer
+
+
+@dataclass(frozen=True)
+class Step:
+    """The passes have come to the same layers.
+
+    Attributes:
+        layers: the layers that are about to be called, of one module.
+        arrivals: one entry a pass, in order: its observation of these layers, or None where a pass does not call them
+            now, as may be with models whose graph depends on their data.
+    """
+
+    layers: tuple[Layer, ...]
+    arrivals: list[Observation | None]
+
+
+def lockstep(
+    passes: Sequence[tuple[nn.Module, object]], layers: list[Layer], forward: Callable[[nn.Module, object], object]
+) -> Iterator[Step]:
+    """Run all ``passes`` together and yield wherever they are about to call some of ``layers``.
+
+    Where the passes are at different layers, those of them go first that are at the earliest one in the order of
+    ``layers``.
+
+    Args:
+        passes: pairs of a model and a batch for it. Where a model takes part in several passes, each gets a copy of its
+            modules with the very same parameters and buffers.
+        layers: of :func:`~statsmerge_ext.layers.find_layers` for that architecture.
+        forward: runs a model on a batch.
+
+    Raises whatever a forward pass raises; all passes are then given up.
+    """
+    places = {layer.name: place for place, layer in enumerate(layers)}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
+    uses = Counter(id(model) for model, _ in passes)
+    running = [
+        _Pass(sharing_copy(model) if uses[id(model)] > 1 else model, layers, forward, batch) for model, batch in passes
+    ]
+    try:
+        for each in running:
+            each.advance()
+        while waiting := [each.observation.layers for each in running if each.observation]:
+            now = min(waiting, key=lambda at: places[at[0].name])
+            arrived = [each for each in running if each.observation and each.observation.layers == now]
+            yield Step(now, [each.observation if each in arrived else None for each in running])
+            for each in arrived:
+                each.advance()
+    finally:
+        for each in running:
+            each.give_up()
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+class _GivenUp(BaseException):
+    """Unwinds a suspended forward pass; no handler of the model's own is meant to catch it."""
+
+
+class _Pass:
+    """One forward pass, suspended wherever ``observation`` says; None at its end."""
+
+    def __init__(self, model: nn.Module, layers: list[Layer], forward: Callable, batch: object) -> None:
+        self.observation: Observation | None = None
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(model, layers, forward, batch), daemon=True)
+        self._thread.start()
+
+    def advance(self) -> None:
+        """Go on to the next observation, or to the end. Raises what the forward pass raises."""
+        self.observation = None
+        self._go.release()
+        self._paused.acquire()
+        if self._error:
+            raise self._error
+
+    def give_up(self) -> None:
+        """End the pass wherever it is."""
+        self._abandoned = True
+        self.observation = None
+        self._go.release()
+        self._thread.join()
+
+    def _run(self, model: nn.Module, layers: list[Layer], forward: Callable, batch: object) -> None:
+        self._go.acquire()
+        try:
+            if not self._abandoned:
+                with torch.no_grad(), observe(model, layers, self._suspend):
+                    forward(model, batch)
+        except _GivenUp:
+            pass
+        except BaseException as error:  # raised again where the pass was asked to go on
+            self._error = error
+        self._paused.release()
+
+    def _suspend(self, observation: Observation) -> None:
+        self.observation = observation
+        self._paused.release()
+        self._go.acquire()
+        if self._abandoned:
+            raise _GivenUp
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model``'s modules, with hooks and state of their own, around the same parameters and buffers."""
+    shared = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

@@ -1,0 +1,152 @@
+"""Second moments of a layer's inputs and targets, and the affine map that fits one to the other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from statsmerge_ext import ops
+from statsmerge_ext.engine.affine import Affine
+from statsmerge_ext.evidence.observe import Geometry
+
+# A variance below this part of the mean square is rounding of float32 features.
+_RESOLUTION = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Moments:
+    """Sums over rows (tokens, or positions of a convolution) of inputs x and targets y, in float64.
+
+    Attributes:
+        gram: Σ x xᵀ, [groups, in, in]; the lower triangles, until they are mirrored.
+        product: Σ y xᵀ, [groups, out, in].
+        inputs: Σ x, [groups, in].
+        outputs: Σ y, [groups, out].
+        count: number of rows.
+    """
+
+    gram: Tensor
+    product: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    count: Tensor
+
+    @classmethod
+    def zeros_like(cls, matrices: Tensor) -> Moments:
+        """No rows yet, for a layer with weights ``matrices`` [groups, out, in]."""
+        groups, out, columns = matrices.shape
+        shapes = ((groups, columns, columns), (groups, out, columns), (groups, columns), (groups, out), ())
+        return cls(*(matrices.new_zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, other: Moments) -> None:
+        """Add the rows of ``other``."""
+        for field in fields(self):
+            getattr(self, field.name).add_(getattr(other, field.name))
+
+    def add_rows(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
+        """Add rows x [..., in] and y [..., out] of a layer of one group, with one factor a row in ``weight`` [...]."""
+        x, y = x.reshape(1, -1, x.shape[-1]), y.reshape(1, -1, y.shape[-1])
+        factors = None if weight is None else weight.reshape(1, -1).to(x)
+        ops.gram_accumulate_(self.gram, x, weight=factors)
+        ops.gram_accumulate_(self.product, y, other=x, weight=factors)
+        self._add_means(x, y, factors)
+
+    def add_channels(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
+        """Add rows x and y [..., channels], each channel being a group with one input and one output."""
+        x, y = (tensor.reshape(-1, len(self.inputs)).T.unsqueeze(-1) for tensor in (x, y))
+        factors = None if weight is None else weight.reshape(1, -1).to(x)
+        weighted = x if factors is None else x * factors.unsqueeze(-1)
+        self.gram += (weighted * x).sum(1, keepdim=True)
+        self.product += (weighted * y).sum(1, keepdim=True)
+        self._add_means(x, y, factors)
+
+    def add_patches(self, x: Tensor, y: Tensor, geometry: Geometry) -> None:
+        """Add the patches of x [N, C, *spatial] and the outputs y [N, groups · out, *outputs] of a convolution."""
+        ops.gram_accumulate_patches_(self.gram, x, **vars(geometry))
+        targets, count = _by_groups(y, geometry.groups), math.prod(geometry.kernel_size)
+        products = self.product.unflatten(-1, (-1, count)).unbind(-1)
+        depthwise = self.product.shape[1:] == (1, count)
+        for product, tap in zip(products, _taps(x, geometry), strict=True):
+            if depthwise:  # matrices of one entry: nothing for a matrix product to gain
+                product += (tap * y).movedim(1, -1).flatten(0, -2).sum(0).reshape(product.shape)
+            else:
+                ops.gram_accumulate_(product, targets, other=_by_groups(tap, geometry.groups))
+        for inputs, tap in zip(self.inputs.unflatten(-1, (-1, count)).unbind(-1), _taps(x.sum(0, True), geometry)):
+            inputs += tap.flatten(2).sum((0, 2)).reshape(inputs.shape)
+        self.outputs += targets.sum(1)
+        self.count += targets.shape[1]
+
+    def _add_means(self, x: Tensor, y: Tensor, factors: Tensor | None) -> None:
+        """Take account of rows x [groups, rows, in] and y [groups, rows, out] in all that is no product of the two."""
+        if factors is not None:
+            x, y = x * factors.unsqueeze(-1), y * factors.unsqueeze(-1)
+        self.inputs += x.sum(1)
+        self.outputs += y.sum(1)
+        self.count += x.shape[1] if factors is None else factors.double().sum()
+
+    def with_targets_of(self, map: Affine) -> Moments:
+        """The same inputs, with what ``map`` makes of them as targets. The Gram matrix must be whole."""
+        matrices, shift = map.matrices.double(), map.shift
+        product, outputs = matrices @ self.gram, (matrices @ self.inputs.unsqueeze(-1)).squeeze(-1)
+        if shift is not None:
+            shift = shift.double().reshape(outputs.shape)
+            product = product + shift.unsqueeze(-1) * self.inputs.unsqueeze(-2)
+            outputs = outputs + shift * self.count
+        return Moments(self.gram, product, self.inputs, outputs, self.count)
+
+    def fit(self, anchor: Tensor, ridge: float, *, shifted: bool) -> tuple[Tensor, Tensor | None]:
+        """argmin Σ ‖W x + b − y‖² + ridge · m · ‖W − anchor‖², m being the mean eigenvalue of x's Gram matrix.
+
+        With ``shifted`` the shift b is free, and the Gram matrix that of x less its mean; without it, b = 0.
+
+        Returns: W [groups, out, in] in float64, and b [groups, out] or None.
+        """
+        gram, product = self._centred() if shifted else (self.gram, self.product)
+        least = _RESOLUTION * _mean_eigenvalue(self.gram)
+        scale = torch.maximum(_mean_eigenvalue(gram), least)
+        scale = torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
+        solution = ops.layer_solve(gram / scale, product / scale, filter="ridge", ridge=ridge, anchor=anchor.double())
+        return solution.T, self.shift_of(solution.T) if shifted else None
+
+    def gains(self, weight: Tensor, ridge: float) -> Tensor:
+        """argmin for each output of Σ (g (W x) + b − y)² with b free and a ridge that holds on to g = 1, a part of the
+        variance of W x: [groups, out]."""
+        gram, product = self._centred()
+        variance, covariance = ((weight @ gram) * weight).sum(-1), (weight * product).sum(-1)
+        usable = variance > _RESOLUTION * ((weight @ self.gram) * weight).sum(-1)
+        return torch.where(usable, (covariance / variance + ridge) / (1 + ridge), 1)
+
+    def shift_of(self, weight: Tensor) -> Tensor:
+        """The b with which W x + b has the mean of y, [groups, out]."""
+        return (self.outputs - (weight @ self.inputs.unsqueeze(-1)).squeeze(-1)) / self.count
+
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        """``gram`` and ``product`` of inputs less their mean."""
+        means = (self.inputs / self.count).unsqueeze(-2)
+        return self.gram - self.inputs.unsqueeze(-1) * means, self.product - self.outputs.unsqueeze(-1) * means
+
+
+def _mean_eigenvalue(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
+def _by_groups(x: Tensor, groups: int) -> Tensor:
+    """x [N, groups · channels, *spatial] as [groups, N · positions, channels]."""
+    return x.movedim(1, -1).flatten(0, -2).unflatten(-1, (groups, -1)).movedim(1, 0)
+
+
+def _taps(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """For every element of the kernel, what it meets of x at all positions: [N, C, *outputs]."""
+    outputs = geometry.outputs(x.shape[2:])
+    sides = [side for pair in reversed(geometry.padding) for side in pair]
+    x = F.pad(x, sides) if any(sides) else x
+    for offsets in itertools.product(*map(range, geometry.kernel_size)):
+        starts = [offset * spread for offset, spread in zip(offsets, geometry.dilation, strict=True)]
+        spans = zip(starts, outputs, geometry.stride, strict=True)
+        yield x[(..., *(slice(start, start + (count - 1) * step + 1, step) for start, count, step in spans))]

@@ -1,0 +1,44 @@
+"""RegMean++ (arXiv 2508.03121): RegMean with the inputs that the merged model itself gives each layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from statsmerge_ext import ops
+from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.sequential import LayerEvidence, merge_in_execution_order
+from statsmerge_ext.errors import MethodError
+from statsmerge_ext.methods.registry import register_method
+
+
+@register_method("regmean_plus_plus", needs=("batches",))
+def regmean_plus_plus(problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95) -> Solution:
+    """W = (Σ W_k Ĝ_k)(Σ Ĝ_k)^† for linear and convolution weights in execution order, Ĝ_k being the Gram matrix of
+    what the model merged so far makes of expert k's samples, off-diagonal entries multiplied by
+    ``reduce_non_diagonal_ratio``. Embeddings are means by token counts, every other parameter is the experts' mean.
+
+    Args:
+        reduce_non_diagonal_ratio: α of the paper, 1 for no shrinkage.
+
+    Raises:
+        MethodError: a ratio outside [0, 1].
+    """
+    if not 0 <= reduce_non_diagonal_ratio <= 1:
+        raise MethodError(f"reduce_non_diagonal_ratio: expected a number in [0, 1], got {reduce_non_diagonal_ratio}")
+    alpha = reduce_non_diagonal_ratio
+
+    def fit(evidence: LayerEvidence) -> tuple[Tensor, None] | None:
+        if evidence.layer.kind == "scale":
+            return None
+        base = evidence.base.matrices.double()
+        gram = product = 0.0
+        for expert in evidence.experts:
+            own = expert.moments.gram
+            shrunk = alpha * own + (1 - alpha) * torch.diag_embed(own.diagonal(dim1=-2, dim2=-1))
+            gram = gram + shrunk
+            product = product + (expert.map.matrices - base) @ shrunk
+        # It is solved for the task vectors, which is the same: W_0 cancels out of both sides.
+        return base + ops.layer_solve(gram, product, rcond=torch.finfo(torch.float32).eps).T, None
+
+    return merge_in_execution_order(problem, fit, joint=False)

@@ -81,7 +81,7 @@ class LayerWiseMergedModel:
     def merge_weights(self, coefficients: Tensor) -> None:
         """Run with ``coefficients`` [L, K], or [K] for all layers alike, from now on."""
         self._merged, self._leaves = [], []  # what the last step merged and its gradients are given back first
-        self._merged = ops.weighted_merge(self._base, self._prepared, coefficients)
+        self._merged = ops.weighted_merge(self._base, self.task_vectors, coefficients)
         self._leaves = [tensor.detach().requires_grad_() for tensor in self._merged]
 
     def __call__(self, batch: object) -> object:

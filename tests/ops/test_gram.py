@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -169,6 +169,15 @@ def convolutions(draw):
     st.sampled_from(["dense", "channels last", "sliced"]),
     st.booleans(),
     st.integers(0, 2**31),
+)
+@example(  # one element for one element, but from the padding
+    (1, 1, (1,), (1,), {"stride": (2,), "padding": ((1, 0),), "dilation": (1,), "groups": 1}),
+    TARGETS[0],
+    torch.float32,
+    torch.float32,
+    "dense",
+    False,
+    0,
 )
 def test_patches_of_any_convolution(convolution, target, dtype, gram_dtype, layout, weighted, seed):
     images, channels, size, kernel, geometry = convolution

@@ -209,6 +209,9 @@ void accumulate_images(const Patches& p, const Acc* weight, const Grams<Acc>& gr
   add_results(results, p.groups, slices, size, grams);
 }
 
+// Whether each element of dimension d is the patch of its own place.
+bool is_grid(const Patches& p, int d) { return p.kernel[d] == 1 && p.padding[d] == 0 && p.size[d] == p.out[d]; }
+
 // A kernel of one element without padding reads a grid of points, whatever its stride: the same without stride, and with
 // neighbouring dimensions merged into one where their elements follow each other.
 Patches simplified(Patches p) {
@@ -219,9 +222,8 @@ Patches simplified(Patches p) {
       p.stride[d] = 1;
     }
   }
-  const auto is_grid = [&](int d) { return p.kernel[d] == 1 && p.padding[d] == 0 && p.size[d] == p.out[d]; };
   for (int d : {1, 0}) {
-    if (is_grid(d) && is_grid(2) && (p.size[d] == 1 || p.element_stride[d] == p.size[2] * p.element_stride[2]) &&
+    if (is_grid(p, d) && is_grid(p, 2) && (p.size[d] == 1 || p.element_stride[d] == p.size[2] * p.element_stride[2]) &&
         (d == 1 || p.size[1] == 1)) {
       p.size[2] = p.out[2] = p.size[d] * p.size[2];
       p.size[d] = p.out[d] = 1;
@@ -271,7 +273,7 @@ void accumulate_patch_grams(const Patches& patches, const Acc* weight, const Gra
   if (patches.rows() == 0 || patches.columns() == 0 || patches.groups == 0) return;
   const Patches p = simplified(patches);
   const int64_t grid = p.size[2];
-  if (p.columns() == p.channels && p.out[0] == 1 && p.out[1] == 1 && p.out[2] == grid && p.groups == 1 &&
+  if (is_grid(p, 0) && is_grid(p, 1) && is_grid(p, 2) && p.out[0] == 1 && p.out[1] == 1 && p.groups == 1 &&
       (p.images == 1 || p.image_stride == grid * p.element_stride[2])) {
     const MatrixView x{p.data, p.storage, p.images * grid, p.channels, p.element_stride[2], p.channel_stride};
     return accumulate_grams(x, 1, 0, weight, grams);

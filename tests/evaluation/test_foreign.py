@@ -11,7 +11,8 @@ from torch import nn
 from statsmerge_ext.errors import DataError
 from statsmerge_ext.evaluation.foreign import RESNET, SUITE, make_student, make_teacher, teacher_accuracy
 from statsmerge_ext.evaluation.run import evaluate_task
-from statsmerge_ext.evaluation.studies import get_study, run_study, study_table
+from statsmerge_ext.evaluation.studies import Records, get_study, run_study, study_table
+from statsmerge_ext.evaluation.studies.cases import COMPARED
 from statsmerge_ext.evaluation.suites import Suite, get_suite, register_suite
 from tests.evaluation.tiny_suite import CLASSES, TASKS, make_definition
 
@@ -77,11 +78,10 @@ def test_a_suite_that_was_not_distilled_has_no_teacher(registered, tmp_path):
 
 
 def test_the_study_merges_a_student_in_its_experts_place(tiny, tmp_path):
-    results = run_study(get_study("foreign"), tiny, tmp_path / "study.json", seeds=1, limit=30, progress=False)
-    header, rows = study_table(results)
+    records = Records(tiny, tmp_path / "tiny.json", limit=30)
+    header, rows = study_table(run_study(get_study("foreign"), records, seeds=1, progress=False), records)
     assert header[1:] == ["native", "red from resnet", "blue from suite"]
     cells = {row[0]: row[1:] for row in rows}
     assert cells["red's teacher"][1] and not cells["red's teacher"][0]
     assert cells["lot"][0] != cells["lot"][1]
-    entries = ("task_arithmetic", "regmean", "stats_merging/layer", "lot")
-    assert all(cells[entry][i] for entry in entries for i in range(3))
+    assert all(cells[entry][i] for entry in COMPARED for i in range(3))

@@ -129,7 +129,7 @@ def _normalised(before: int, width: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width))
 
 
-def _train_residual_network(suite: Suite, name: str, seed: int, epochs: int = 12, lr: float = 3e-3) -> Teacher:
+def _train_residual_network(suite: Suite, name: str, seed: int, epochs: int = 10, lr: float = 3e-3) -> Teacher:
     """From random weights, on the task's labels; its classes are in alphabetical order, unlike the task's own."""
     settings, task = suite.definition.training, suite.task(name)
     classes = tuple(sorted(task.classes))

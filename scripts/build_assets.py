@@ -23,6 +23,7 @@ from statsmerge_ext.checkpoints.writing import atomic_output
 from statsmerge_ext.evaluation.run import evaluate_task
 from statsmerge_ext.evaluation.suites import Suite, get_suite, list_suites
 from statsmerge_ext.evaluation.suites.assets import write_expert
+from statsmerge_ext.memory import keep_freed_memory
 
 SEED = 0
 
@@ -104,28 +105,31 @@ def main() -> None:
     parser.add_argument("--measure-only", action="store_true", help="keep the experts, note their accuracies again")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     for suite_name in options.suite or list_suites():
         suite = get_suite(suite_name)
         for note in suite.prepare():
             print(note)
         file = suite.assets / "provenance.json"
-        facts = suite.provenance
         settings = suite.definition.training
-        facts["versions"] = {
+        versions = {
             "statsmerge_ext": statsmerge_ext.__version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
         }
-        facts["training"] = {
+        training = {
             **{key: value for key, value in vars(settings).items() if key != "augment"},
             "augment": settings.augment.__name__ if settings.augment else None,
             "seed": SEED,
         }
-        facts.setdefault("tasks", {})
         for name in options.task or suite.task_names:
-            made = facts["tasks"].get(name, {}) if options.measure_only else build(suite, name)
-            facts["tasks"][name] = {**made, **measure(suite, name)}
-            print(name, json.dumps(facts["tasks"][name]["accuracy"]), flush=True)
+            made = suite.provenance.get("tasks", {}).get(name, {}) if options.measure_only else build(suite, name)
+            made = {**made, **measure(suite, name)}
+            print(name, json.dumps(made["accuracy"]), flush=True)
+            # Read anew each time: other tasks may be built at the same time.
+            tasks = {**get_suite(suite_name).provenance.get("tasks", {}), name: made}
+            ordered = {d.name: tasks[d.name] for d in suite.definition.datasets if d.name in tasks}
+            facts = {"versions": versions, "training": training, "tasks": ordered}
             with atomic_output(file, overwrite=True) as temporary:
                 temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,13 +24,14 @@ from statsmerge_ext.errors import CalibrationError, MethodError
 class StudentTraining:
     """How a student is trained: AdamW with a learning rate that falls to zero along a cosine.
 
-    The loss is α CE(pseudo-labels) + (1 − α) T² KL(teacher ‖ student) + β · feature distance.
+    The loss is α CE(pseudo-labels) + (1 − α) T² KL(teacher ‖ student) + β · feature distance; for a teacher without
+    logits it is the last term alone.
 
     Attributes:
         alpha: α, the share of the teacher's most likely class.
         temperature: T, of both distributions.
         feature_weight: β; above 0 the student's features are drawn to the teacher's, through a linear map that is
-            learned and thrown away.
+            learned and thrown away. Features of a teacher without logits are matched as they are.
         epochs, lr, weight_decay: of the optimiser.
         autocast: run the student in bfloat16 where torch.autocast does.
     """
@@ -62,7 +64,7 @@ def distill(
     training: StudentTraining = StudentTraining(),
     teacher_classes: Sequence[str] | None = None,
     student_classes: Sequence[str] | None = None,
-    teacher_forward: Callable[[nn.Module, object], object] = default_forward,
+    teacher_forward: Callable[[nn.Module, object], object] | None = default_forward,
     student_forward: Callable[[nn.Module, object], object] = default_forward,
     teacher_features: Callable[[nn.Module, object], Tensor] | None = None,
     student_features: Callable[[nn.Module, object], Tensor] | None = None,
@@ -80,7 +82,8 @@ def distill(
         training: loss and optimiser.
         teacher_classes, student_classes: names of the classes in the order of the logits; the teacher's are put in the
             student's order. None for both: the classes are the same, in the same order.
-        teacher_forward, student_forward: run a model on a batch.
+        teacher_forward, student_forward: run a model on a batch. ``teacher_forward`` None: the teacher has no logits,
+            as an embedding model; the student is to give its features, and ``student_forward`` is not called.
         teacher_features, student_features: (model, batch) -> features [N, d], for ``feature_weight`` above 0.
         journal: where progress is kept; the same call takes it up there and gives the same student.
         seed: of the order of the batches and of dropout.
@@ -88,10 +91,10 @@ def distill(
 
     Returns:
         the trained student in eval mode, and JSON-able facts: settings, loss and agreement with the teacher's most
-        likely class on the training samples, first and last.
+        likely class (without logits: the mean cosine of the features) on the training samples, first and last epoch.
 
     Raises:
-        MethodError: classes that do not match, features that are missing, or a loss that is not finite.
+        MethodError: classes or features that do not match, features that are missing, or a loss that is not finite.
         CalibrationError: no batches, labels among them, or outputs that are no logits.
     """
     batches = as_unlabelled_batches("distillation", batches)
@@ -99,13 +102,15 @@ def distill(
     if len(inputs) != len(batches):
         raise CalibrationError(f"student_batches: expected {len(batches)} as for the teacher, got {len(inputs)}")
     order = _class_order(teacher_classes, student_classes)
-    matching = training.feature_weight > 0
+    embedding, matching = teacher_forward is None, training.feature_weight > 0
+    if embedding and (order is not None or not matching):
+        raise MethodError("teacher_forward: without logits there are no classes, and feature_weight must be above 0")
     if matching and (teacher_features is None or student_features is None):
         raise MethodError("feature_weight: above 0 it needs teacher_features and student_features")
 
     teacher = teacher.eval()
     with torch.no_grad():
-        targets = [logits_of(None, teacher_forward(teacher, batch)) for batch in batches]
+        targets = [] if embedding else [logits_of(None, teacher_forward(teacher, batch)) for batch in batches]
         features = [teacher_features(teacher, batch) for batch in batches] if matching else None
     if order is not None:
         if targets[0].shape[-1] != len(order):
@@ -114,14 +119,24 @@ def distill(
 
     student = copy.deepcopy(student)
     bridge = None
-    if matching:
+    if matching and not embedding:
         with torch.no_grad():
             width = student_features(student.eval(), inputs[0]).shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             bridge = nn.Linear(width, features[0].shape[-1]).to(features[0])
 
-    def loss_of(place: int) -> tuple[Tensor, float]:
+    def features_loss(place: int) -> tuple[Tensor, float]:
+        with torch.autocast(features[place].device.type, torch.bfloat16, enabled=training.autocast):
+            mine = student_features(student, inputs[place])
+        mine, theirs = mine.float(), features[place].float()
+        if mine.shape != theirs.shape:
+            shapes = f"{list(mine.shape)}, the teacher's have {list(theirs.shape)}"
+            raise MethodError(f"student: its features have shape {shapes}; without logits they must be alike")
+        cosine = F.cosine_similarity(mine.detach(), theirs, dim=-1)
+        return training.feature_weight * feature_loss(mine, theirs), float(cosine.mean())
+
+    def logits_loss(place: int) -> tuple[Tensor, float]:
         with torch.autocast(targets[place].device.type, torch.bfloat16, enabled=training.autocast):
             logits = logits_of(None, student_forward(student, inputs[place]))
             mine = bridge(student_features(student, inputs[place])) if matching else None
@@ -138,6 +153,7 @@ def distill(
             loss = loss + training.feature_weight * feature_loss(mine.float(), features[place].float())
         return loss, float((logits.detach().argmax(-1) == labels).float().mean())
 
+    loss_of = features_loss if embedding else logits_loss
     history = _train(student, bridge, loss_of, len(batches), training, journal, seed, progress)
     facts = {"settings": asdict(training), "first": history[0], "last": history[-1], "batches": len(batches)}
     return student.eval(), facts
@@ -153,51 +169,51 @@ def _train(
     seed: int,
     progress: bool,
 ) -> list[dict]:
-    """Run the epochs, from the journal's on; returns each one's mean loss and agreement."""
+    """Run all steps, from the journal's on; returns each epoch's mean loss and agreement."""
     modules = nn.ModuleList([student] if bridge is None else [student, bridge])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=training.lr, weight_decay=training.weight_decay)
     steps = training.epochs * count
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     history: list[dict] = []
+    done, sums = 0, [0.0, 0.0]  # of the present epoch: losses, agreements
     state = journal.load() if journal else None
     if state:
-        history = state["history"]
+        history, done, sums = state["history"], state["done"], state["sums"]
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-    bar = tqdm(
-        range(len(history), training.epochs),
-        initial=len(history),
-        total=training.epochs,
-        desc="Distilling",
-        unit="epoch",
-        disable=not progress,
-    )
-    for epoch in bar:
-        modules.train()
-        total, agreed = 0.0, 0.0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 1_000_003 + epoch)  # an epoch's randomness is its own, so that it can be resumed
-            for place in torch.randperm(count).tolist():
-                loss, agreement = loss_of(place)
-                if not math.isfinite(loss.item()):
-                    raise MethodError(f"distillation: the loss is {loss.item()}; try a smaller lr than {training.lr}")
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total, agreed = total + loss.item(), agreed + agreement
-        history.append({"loss": total / count, "agreement": agreed / count})
-        bar.set_postfix(loss=f"{total / count:.3f}", agreement=f"{agreed / count:.3f}")
-        if journal:
-            journal.save(
-                {
-                    "history": history,
-                    "modules": modules.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                }
-            )
+    modules.train()
+    bar = tqdm(range(done, steps), initial=done, total=steps, desc="Distilling", unit="step", disable=not progress)
+    with torch.random.fork_rng(devices=[]):
+        for step in bar:
+            epoch, turn = divmod(step, count)
+            if turn == 0 or step == done:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order = torch.randperm(count, generator=generator).tolist()
+            torch.manual_seed(seed * 1_000_003 + step)  # a step's randomness is its own, so that it can be resumed
+            loss, agreement = loss_of(order[turn])
+            if not math.isfinite(loss.item()):
+                raise MethodError(f"distillation: the loss is {loss.item()}; try a smaller lr than {training.lr}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            sums = [sums[0] + loss.item(), sums[1] + agreement]
+            means = {"loss": sums[0] / (turn + 1), "agreement": sums[1] / (turn + 1)}
+            bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
+            if turn == count - 1:
+                history, sums = [*history, means], [0.0, 0.0]
+            if journal:
+                journal.save(
+                    {
+                        "history": history,
+                        "done": step + 1,
+                        "sums": sums,
+                        "modules": modules.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                    }
+                )
     return history
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from statsmerge_ext.evaluation.suites import Suite
+from statsmerge_ext.evaluation.suites.definition import Batch
 
 
 def evaluate_model(
@@ -42,17 +43,26 @@ def evaluate_task(
     ``change`` is made to raw inputs, such as images, before they are encoded; no batch begins after ``limit`` examples.
     """
     task = suite.task(name)
-    right = total = 0
     training = model.training
     model.eval()
+    accuracy = share_right(
+        lambda batch: task.head(suite.forward(model, batch)).argmax(-1), task.batches(split, change=change), limit
+    )
+    model.train(training)
+    return accuracy
+
+
+def share_right(
+    predict: Callable[[Batch], Tensor], batches: Iterable[tuple[Batch, Tensor]], limit: int | None = None
+) -> float:
+    """The share of labels [N] that ``predict`` gives; no batch begins after ``limit`` examples."""
+    right = total = 0
     with torch.inference_mode():
-        for batch, labels in task.batches(split, change=change):
+        for batch, labels in batches:
             if limit is not None and total >= limit:
                 break
-            predicted = task.head(suite.forward(model, batch)).argmax(-1)
-            right += int((predicted == labels).sum())
+            right += int((predict(batch) == labels).sum())
             total += len(labels)
-    model.train(training)
     return right / total
 
 

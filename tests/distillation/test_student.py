@@ -105,16 +105,36 @@ def test_an_interrupted_run_taken_up_again_gives_the_same_student(models, batche
 
     def interrupted(state):
         save(state)
-        saved.append(len(state["history"]))
-        if len(saved) == 2:
+        saved.append(state["done"])
+        if len(saved) == 9:  # in the middle of the second epoch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(journal, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         distill(teacher, student, batches, training=training, journal=journal)
     resumed, again = distill(teacher, student, batches, training=training, journal=journal)
-    assert saved == [1, 2, 3, 4, 5] and again == facts
+    assert saved == list(range(1, 31)) and again == facts
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_a_student_of_a_teacher_without_logits_gives_its_features(models, batches):
+    teacher, student = models[0][:3], nn.Sequential(nn.Flatten(), nn.Linear(36, 128))
+    options = {
+        "teacher_forward": None,
+        "teacher_features": lambda model, x: model(x),
+        "student_features": lambda model, x: model(x),
+    }
+    training = StudentTraining(feature_weight=2.0, epochs=60, lr=1e-2)
+    trained, facts = distill(teacher, student, batches, training=training, **options)
+    with torch.no_grad():
+        pairs = [(trained(batch).double(), teacher(batch).double()) for batch in batches]
+    losses = [float(2 * (mine - theirs).square().sum() / theirs.square().sum()) for mine, theirs in pairs]
+    cosines = [float((F.normalize(mine) * F.normalize(theirs)).sum(1).mean()) for mine, theirs in pairs]
+    last = facts["last"]
+    assert max(losses) < 0.5 * facts["first"]["loss"] and min(cosines) > 0.9
+    assert abs(sum(losses) / 6 - last["loss"]) < 0.05 and abs(sum(cosines) / 6 - last["agreement"]) < 0.02
+    with pytest.raises(MethodError, match=r"features have shape \[16, 64\], the teacher's have \[16, 128\]"):
+        distill(teacher, nn.Sequential(nn.Flatten(), nn.Linear(36, 64)), batches, training=training, **options)
 
 
 def test_autocast_runs_the_student_in_bfloat16(models, batches):
@@ -135,6 +155,12 @@ def test_autocast_runs_the_student_in_bfloat16(models, batches):
         ({"student_batches": []}, CalibrationError, "the loader gave no batch"),
         ({"student_batches": [torch.zeros(2, 1, 6, 6)]}, CalibrationError, "expected 6 as for the teacher, got 1"),
         ({"training": StudentTraining(feature_weight=1.0)}, MethodError, "it needs teacher_features"),
+        ({"teacher_forward": None}, MethodError, "feature_weight must be above 0"),
+        (
+            {"teacher_forward": None, "teacher_classes": CLASSES, "student_classes": CLASSES},
+            MethodError,
+            "without logits there are no classes",
+        ),
         ({"training": StudentTraining(lr=1e30, epochs=3)}, MethodError, "the loss is"),
     ],
 )

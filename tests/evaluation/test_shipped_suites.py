@@ -67,7 +67,7 @@ def test_shipped_experts_are_better_than_the_base(name):
 
 def test_all_assets_together_are_small():
     sizes = [path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()]
-    assert 0 < sum(sizes) <= 40 * 2**20
+    assert 0 < sum(sizes) <= 60 * 2**20
 
 
 def test_vision8_encodes_like_imagenet():

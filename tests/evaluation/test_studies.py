@@ -49,7 +49,8 @@ def test_every_study_runs(quick, name, tmp_path, monkeypatch):
     cases = run_study(study, records, seeds=1, progress=False)
     header, rows = study_table(cases, records)
     assert len(rows) > 1 and len(header) > 1
-    assert all(cell and 0 <= float(cell.split()[0]) <= 100 for row in rows for cell in row[1:])
+    assert all(any(row[1:]) for row in rows) and all(any(column) for column in zip(*(row[1:] for row in rows)))
+    assert all(0 <= float(cell.split()[0]) <= 100 for row in rows for cell in row[1:] if cell)
     plot_study(header, rows, tmp_path / "study.svg", title=study.title, suite="tiny")
     assert "<svg" in (tmp_path / "study.svg").read_text()
 

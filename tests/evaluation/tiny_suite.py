@@ -74,5 +74,6 @@ def make_definition(assets: Path, datasets: tuple[Dataset, ...] | None = None, n
         sizes=SIZES,
         shots=2,
         logit_scale=20.0,
+        distilled_from="tiny",
         assets=assets,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.evaluation.comparison import CALIBRATION_SAMPLES
 from statsmerge_ext.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from statsmerge_ext.evaluation.foreign import RESNET, SUITE
 from statsmerge_ext.evaluation.studies.storage import FORMS
 from statsmerge_ext.evaluation.suites import Suite
 from statsmerge_ext.methods.registry import nearest
@@ -20,9 +21,10 @@ from statsmerge_ext.methods.stats_merging import STATISTICS
 COMPARED = ("task_arithmetic", "adamerging", "stats_merging/own", "lot")
 #: Test examples a task where cases differ in them alone and are many.
 FEW = 128
-#: The ceiling that reads labels, the coefficients that a learner predicts for experts it has never seen, and the share
-#: of float32's bytes that stored experts take: what a case can have as its entry beside the methods.
-LABELLED, PREDICTED, BYTES = "labelled", "predicted", "bytes"
+#: The ceiling that reads labels, the coefficients that a learner predicts for experts it has never seen, the share of
+#: float32's bytes that stored experts take, and a teacher of another architecture on its own: what a case can have as
+#: its entry beside the methods.
+LABELLED, PREDICTED, BYTES, TEACHER = "labelled", "predicted", "bytes", "teacher"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Case:
         stored: the form in which the experts were stored, one of FORMS.
         corrupted: kind and severity of the test images' corruption, or None.
         calibration_corrupted: of the calibration images'.
+        foreign: a task and the kind of its teacher of another architecture, whose student takes the place of the task's
+            expert; the seed is also the teacher's and the student's.
     """
 
     row: str
@@ -57,6 +61,7 @@ class Case:
     stored: str = "float32"
     corrupted: tuple[str, int] | None = None
     calibration_corrupted: tuple[str, int] | None = None
+    foreign: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,20 @@ def _quantisation(suite: Suite, seeds: int) -> Iterator[Case]:
         yield Case(form, entry, entry, seed, stored=form)
 
 
+def _foreign(suite: Suite, seeds: int) -> Iterator[Case]:
+    """Two tasks' experts, students and teachers alone; then merges of all tasks with one student or none."""
+    names = suite.task_names
+    for seed, foreign in itertools.product(range(seeds), ((names[0], RESNET), (names[-1], SUITE))):
+        task, kind = foreign
+        others = tuple(name for name in names if name != task)
+        for setting, student in (("native", None), (f"{task} from {kind}", foreign)):
+            alone = {"left_out": others, "tested": (task,), "foreign": student}
+            yield Case(f"{task}'s expert, alone", setting, "linear", seed, **alone)
+            for entry in ("task_arithmetic", "stats_merging/own", "lot"):
+                yield Case(entry, setting, entry, seed, foreign=student)
+        yield Case(f"{task}'s teacher", setting, TEACHER, seed, tested=(task,), foreign=foreign)
+
+
 STUDIES = {
     study.name: study
     for study in (
@@ -182,6 +201,7 @@ STUDIES = {
         Study(
             "robust_calibration", "corrupted calibration images (severity 3), clean test images", _robust_calibration
         ),
+        Study("foreign", "one expert distilled from another architecture; all tasks, or its own", _foreign),
         Study("quantisation", "form in which the experts' task vectors are stored", _quantisation, 1),
     )
 }

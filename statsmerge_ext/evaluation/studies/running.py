@@ -16,8 +16,9 @@ from statsmerge_ext.engine.merging import MergeResult, merge
 from statsmerge_ext.evaluation.ceiling import labelled_coefficients
 from statsmerge_ext.evaluation.comparison import collect_suite_grams, load_models, merge_suite, needs_of
 from statsmerge_ext.evaluation.corruptions import corrupt
+from statsmerge_ext.evaluation.foreign import Teacher, make_student, make_teacher, teacher_accuracy
 from statsmerge_ext.evaluation.run import evaluate_task
-from statsmerge_ext.evaluation.studies.cases import BYTES, LABELLED, PREDICTED, Case, Study
+from statsmerge_ext.evaluation.studies.cases import BYTES, LABELLED, PREDICTED, TEACHER, Case, Study
 from statsmerge_ext.evaluation.studies.storage import store
 from statsmerge_ext.evaluation.suites import Suite
 
@@ -56,6 +57,8 @@ class Records:
             facts |= {"corrupted": case.corrupted, "limit": self.examples(case)}
         if "+" in case.entry:
             facts["start"] = self.suite.hyperparameters.get(case.entry.rpartition("+")[0], {})
+        if case.foreign:
+            facts |= {"foreign": case.foreign, "seed": case.seed}
         if _looks_at_data(case.entry):
             facts |= {name: getattr(case, name) for name in ("seed", "samples", "calibration_corrupted")}
         return json.dumps(facts, sort_keys=True)
@@ -111,11 +114,15 @@ class Bench:
         self._base, self._experts = load_models(records.suite)
         self._results: dict[str, MergeResult] = {}
         self._grams: tuple[str, object] = ("", None)
+        self._distilled: tuple[str, object] = ("", None)
 
     def measure(self, case: Case) -> dict[str, float]:
         """What ``case`` measures: accuracies in [0, 1] by task, or a share of bytes."""
         if case.entry == BYTES:
             return {BYTES: store(self._base.state_dict(), self._experts, case.stored)[1]}
+        if case.entry == TEACHER:
+            name, (teacher, _) = case.foreign[0], self._teacher_and_student(case)
+            return {name: teacher_accuracy(teacher, self._suite, name, self._records.examples(case))}
         model = self.result(case).model
         options = {"limit": self._records.examples(case)}
         if case.corrupted is not None:
@@ -135,6 +142,8 @@ class Bench:
             learner = self.result(replace(case, entry=_LEARNER)).learner
             return merge("stats_merging_predict", base=self._base, experts=self._experts, learner=learner)
         experts = {name: state for name, state in self._experts.items() if name not in case.left_out}
+        if case.foreign:
+            experts[case.foreign[0]] = self._teacher_and_student(case)[1]
         if case.stored != "float32":
             experts, _ = store(self._base.state_dict(), experts, case.stored)
         models = (self._base, experts)
@@ -144,7 +153,8 @@ class Bench:
             return self._ceiling(case, experts, calibration, hyperparameters)
         evidence = None
         if "grams" in needs_of(case.entry):
-            key = json.dumps([case.seed, case.samples, list(experts), case.calibration_corrupted, case.stored])
+            facts = [case.seed, case.samples, case.calibration_corrupted, case.stored, case.foreign]
+            key = json.dumps([list(experts), facts])
             if self._grams[0] != key:
                 self._grams = (key, collect_suite_grams(self._suite, models, calibration))
             evidence = self._grams[1]
@@ -165,6 +175,14 @@ class Bench:
             **hyperparameters,
         )
 
+    def _teacher_and_student(self, case: Case) -> tuple[Teacher, dict[str, Tensor]]:
+        key = json.dumps([case.foreign, case.seed])
+        if self._distilled[0] != key:
+            name, kind = case.foreign
+            teacher = make_teacher(kind, self._suite, name, case.seed)
+            self._distilled = (key, (teacher, make_student(teacher, self._suite, name, case.seed)[0]))
+        return self._distilled[1]
+
     def _calibration(self, case: Case, names: list[str]) -> dict[str, list[Tensor | dict[str, Tensor]]]:
         options = {"samples": case.samples, "seed": case.seed, "batch_size": BATCH_SIZE}
         if case.calibration_corrupted is not None:
@@ -177,4 +195,4 @@ def _corruption(kind: str, severity: int) -> Callable:
 
 
 def _looks_at_data(entry: str) -> bool:
-    return entry in (LABELLED, PREDICTED) or (entry != BYTES and bool(needs_of(entry)))
+    return entry in (LABELLED, PREDICTED) or (entry not in (BYTES, TEACHER) and bool(needs_of(entry)))

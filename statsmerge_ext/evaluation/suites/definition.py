@@ -53,6 +53,8 @@ class SuiteDefinition:
         training: how the experts were made.
         shots: examples a class of the training split that the prototype head is the mean of.
         logit_scale: what the head's cosines are multiplied by.
+        distilled_from: name of the suite of another architecture, on the same data sets and inputs, whose base was the
+            teacher of this one's; None: the base was pretrained otherwise.
         assets: folder with the experts, provenance.json and hyperparameters.json; None: the package's own, by name.
     """
 
@@ -65,4 +67,5 @@ class SuiteDefinition:
     sizes: SplitSizes = SplitSizes(train=2000, validation=300, test=500)
     shots: int = 8
     logit_scale: float = 30.0
+    distilled_from: str | None = None
     assets: Path | None = None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import statsmerge_ext
 from statsmerge_ext.memory import keep_freed_memory
+from statsmerge_ext.methods import get_method
 
 SCALING_FACTOR = 1.2
 
@@ -34,7 +35,8 @@ Grams = dict[str, Tensor]
 # LOT Merging.
 
 
-def ours_lot(problem: Problem) -> State:
+def ours_lot(problem: Problem, **options) -> State:
+    """By default with a small ridge; ``ridge=0`` takes the pseudo-inverse, as the other routes do."""
     result = statsmerge_ext.merge(
         "lot",
         base=problem.model,
@@ -42,7 +44,7 @@ def ours_lot(problem: Problem) -> State:
         calibration=problem.batches,
         forward=problem.forward,
         scaling_factor=SCALING_FACTOR,
-        ridge=0.0,  # the paper's pseudo-inverse, as the other routes have it
+        **options,
     )
     return result.state
 
@@ -130,7 +132,8 @@ def _add_squares(squares: Grams, key: str, module: nn.Module, args: tuple) -> No
 
 @torch.no_grad()
 def exact_lot(problem: Problem, keys: tuple[str, ...]) -> State:
-    """For a few layers: T* from float64 sums of the same float32 features, and the Gram C that weighs errors."""
+    """For a few layers: T* from float64 sums of the same float32 features, by the pseudo-inverse ("pinv") and with the
+    package's default ridge ("ridge"), and the Gram C that weighs errors."""
     grams: dict[str, Grams] = {}
     modules = dict(problem.model.named_modules())
     for name, state in problem.experts.items():
@@ -147,6 +150,7 @@ def exact_lot(problem: Problem, keys: tuple[str, ...]) -> State:
         for handle in handles:
             handle.remove()
     result = {}
+    ridge = get_method("lot").hyperparameters["ridge"]
     for key in keys:
         total = sum(grams[name][key] for name in grams)
         task_vectors = [(s[key].double() - problem.base[key].double()) for s in problem.experts.values()]
@@ -154,15 +158,18 @@ def exact_lot(problem: Problem, keys: tuple[str, ...]) -> State:
         product = sum(t @ grams[name][key] for name, t in zip(grams, matrices, strict=True))
         rcond = torch.finfo(torch.float32).eps
         result |= {f"base/{key}": problem.base[key], f"gram/{key}": total}
-        result[f"exact/{key}"] = product @ torch.linalg.pinv(total, rtol=rcond, hermitian=True)
+        result[f"pinv/{key}"] = product @ torch.linalg.pinv(total, rtol=rcond, hermitian=True)
+        mean = total.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        result[f"ridge/{key}"] = product @ torch.linalg.inv(total + ridge * mean * torch.eye(total.shape[-1]))
     return result
 
 
-def output_error(state: State, exact: State) -> float:
-    """The largest relative error of the outputs of the layers in ``exact`` (what :func:`exact_lot` gives)."""
+def output_error(state: State, exact: State, kind: str) -> float:
+    """The largest relative error of the outputs of the layers in ``exact``, what :func:`exact_lot` gives, against its
+    solutions of a kind."""
     found = []
-    for key in [name.removeprefix("exact/") for name in exact if name.startswith("exact/")]:
-        solution, gram = exact[f"exact/{key}"], exact[f"gram/{key}"]
+    for key in [name.removeprefix("gram/") for name in exact if name.startswith("gram/")]:
+        solution, gram = exact[f"{kind}/{key}"], exact[f"gram/{key}"]
         merged = (state[key].double() - exact[f"base/{key}"].double()) / SCALING_FACTOR
         difference = merged.reshape(solution.shape) - solution
         found.append(float(((difference @ gram) * difference).sum() / ((solution @ gram) * solution).sum()) ** 0.5)
@@ -183,6 +190,7 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
         vit,
         {
             "statsmerge": lambda problem: partial(ours_lot, problem),
+            "statsmerge, ridge=0": lambda problem: partial(ours_lot, problem, ridge=0.0),
             "plain torch": lambda problem: partial(plain_lot, problem),
             "forward passes": lambda problem: partial(forward_passes, problem),
             "exact": lambda problem: partial(exact_lot, problem, VIT_LAYERS),
@@ -192,6 +200,7 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
         vision8,
         {
             "statsmerge": lambda problem: partial(ours_lot, problem),
+            "statsmerge, ridge=0": lambda problem: partial(ours_lot, problem, ridge=0.0),
             "plain torch": lambda problem: partial(plain_lot, problem),
             "forward passes": lambda problem: partial(forward_passes, problem),
             "exact": lambda problem: partial(exact_lot, problem, VISION8_LAYERS),

@@ -24,7 +24,7 @@ class Child:
     """One route of one case: set up by :meth:`start`, run by :meth:`run`; it saves its result after the run."""
 
     def __init__(self, case: str, route: str, folder: Path) -> None:
-        self.path = folder / f"{route}.pt"
+        self.route, self.path = route, folder / f"{route}.pt"
         self.command = [sys.executable, merges.__file__, case, route, str(self.path)]
         self.process: subprocess.Popen | None = None
         self.facts: dict[str, int] = {}
@@ -75,7 +75,10 @@ def routes_of(case: str, folder: Path, slow: int | None) -> dict[str, Route]:
 def lot_errors(exact: dict) -> Callable[[Child], dict[str, float]]:
     def errors(child: Child) -> dict[str, float]:
         state = child.result()
-        return child.memory() if state is None else {"error": merges.output_error(state, exact), **child.memory()}
+        if state is None:
+            return child.memory()
+        kind = "ridge" if child.route == OURS else "pinv"  # each route against what it is to compute
+        return {"error": merges.output_error(state, exact, kind), **child.memory()}
 
     return errors
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import merges
 import problems
 import pytest
@@ -22,14 +24,16 @@ def tiny(monkeypatch):
     monkeypatch.setattr(problems, "VIT_SHAPE", TINY)
 
 
-@pytest.mark.parametrize("route", ["statsmerge", "plain torch"])
-def test_lot(route):
+@pytest.mark.parametrize(
+    "route, kind", [("statsmerge", "ridge"), ("statsmerge, ridge=0", "pinv"), ("plain torch", "pinv")]
+)
+def test_lot(route, kind):
     routes = merges.CASES["lot_vit"][1]
     exact = routes["exact"](merges.vit(8))()
     merged = routes[route](merges.vit(8))()
     assert merged.keys() == merges.vit(1).base.keys()
-    assert merges.output_error(merged, exact) < 1e-3
-    assert merges.output_error(merges.vit(1).base, exact) > 0.1
+    assert merges.output_error(merged, exact, kind) < 1e-3
+    assert merges.output_error(merges.vit(1).base, exact, kind) > 0.1
 
 
 @pytest.mark.parametrize("route", ["statsmerge", "graph a task", "graph kept"])
@@ -51,8 +55,9 @@ def test_floors_of_a_step_have_the_same_gradient():
 
 
 def test_memory_is_that_of_the_run():
-    torch.ones(2**24)
     held = merges.resident("VmRSS")
     merges.reset_peak()
-    torch.ones(2**26)  # 256 MiB, of which what was freed before may be a part
-    assert 2**27 < merges.resident("VmHWM") - held < 2**29
+    with mmap.mmap(-1, 2**28) as memory:  # from the system, whatever torch's allocator has kept of earlier tensors
+        for page in range(0, 2**28, mmap.PAGESIZE):
+            memory[page] = 1
+    assert 0.99 * 2**28 <= merges.resident("VmHWM") - held < 2**29  # other memory may be given back meanwhile

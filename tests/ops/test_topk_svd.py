@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -237,6 +237,7 @@ VIEWS = [
     st.sampled_from([1e-18, 1e-3, 1.0, 1e18]),
     st.integers(0, 2**31),
 )
+@example(88, 97, 3, "graded", torch.float64, None, VIEWS[0], 1e-2, 1e-18, 1)  # a dense spectrum
 def test_the_bound_is_a_bound(m, n, k, spectrum, dtype, minus_dtype, view, tol, scale, seed):
     torch.manual_seed(seed)
     values = SPECTRA[spectrum]

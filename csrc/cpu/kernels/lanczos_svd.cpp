@@ -17,9 +17,7 @@ namespace {
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kFloatEps = std::numeric_limits<float>::epsilon();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kSettled = 0.02;   // residuals, as a part of the eigenvalue, from which bounds by squares count
-constexpr int64_t kNeighbours = 8;  // Ritz values beyond those asked for that help to bound them
-constexpr int64_t kBasis = 96;      // Lanczos vectors kept between restarts, unless k needs more
+constexpr int64_t kBasis = 96;  // Lanczos vectors kept between restarts, unless k needs more
 
 // Differences of matrices with up to so many elements are formed, one matrix at a time: that reads two matrices once
 // instead of at every pass.
@@ -141,65 +139,44 @@ class Lanczos {
       orthonormalize(basis_, 0, filled_ + found, kInfinity, random_, basis_[filled_ + found]);
   }
 
-  // The residuals AᵀA x − θ x of the first Ritz pairs, as rows of components along the pending block.
-  std::vector<double> residuals(int64_t count) const {
-    std::vector<double> out(static_cast<size_t>(count * pending_), 0.0);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t r = 0; r < pending_; ++r) {
-        for (int64_t c = 0; c < last_; ++c)
-          out[i * pending_ + r] += coupling_[r * block_ + c] * ritz_.vectors[i * last_ + c];
-      }
+  // Norm of AᵀA x − θ x for Ritz pair i.
+  double residual(int64_t i) const {
+    const double* tail = ritz_.vectors.data() + i * last_;
+    double sum = 0;
+    for (int64_t r = 0; r < pending_; ++r) {
+      double component = 0;
+      for (int64_t c = 0; c < last_; ++c) component += coupling_[r * block_ + c] * tail[c];
+      sum += component * component;
     }
-    return out;
+    return std::sqrt(sum);
   }
 
-  // Singular values and bounds from the Ritz pairs. An eigenvalue of AᵀA lies within the residual's norm of each Ritz
-  // value. Better bounds are quadratic: with E the residuals of j Ritz pairs, beside whose vectors AᵀA is at most μ, its
-  // eigenvalue number i is at most that of diag(θ) + EᵀE / (θ − μ) for any θ from μ to θᵢ (by Haynsworth's inertia
-  // formula, as in Lehmann's bounds) and at least θᵢ. For θ the least Ritz value asked for is taken, for μ the next one
-  // and twice its residual, and of several j from k on the one that gives most, so that neighbours that are close to
-  // each other do no harm. As early Ritz values skip some of a dense spectrum, this counts only where the residuals
-  // have become small, beside θ and beside θ − μ. The rounding error of the products is a part of every residual.
+  // Singular values and bounds from the Ritz pairs. With r the residual of the singular pair, a singular value lies
+  // within r of σ, and within r²/gap if no other is nearer than gap (Kato and Temple); the neighbours' own residuals
+  // are taken off the gap. The rounding error of the products is a part of every residual.
   Progress estimate(Svd& out) {
-    const int64_t count = std::min(k_ + std::min(k_, kNeighbours) + 1, filled_);
+    const int64_t count = std::min(k_ + 1, filled_);
     const double theta_max = std::max(ritz_.values[0], 0.0);
     const double rounding = theta_max * (single_ ? float_rounding_ : static_cast<double>(filled_) * kEps);
-    const std::vector<double> rows = residuals(count);
-    std::vector<double> theta, norm, squares(static_cast<size_t>(count * count), 0.0);
+    std::vector<double> sigma, reach;
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t r = 0; r < pending_; ++r)
-          squares[i * count + j] += rows[i * pending_ + r] * rows[j * pending_ + r];
-      }
-      norm.push_back(std::sqrt(squares[i * count + i]));
-      theta.push_back(ritz_.values[i] > rounding ? ritz_.values[i] : 0.0);
+      const double theta = ritz_.values[i] > rounding ? ritz_.values[i] : 0.0;
+      const double r = residual(i) + rounding;
+      sigma.push_back(std::sqrt(theta));
+      reach.push_back(theta > r ? r / (std::numbers::sqrt2 * sigma[i]) : std::sqrt(theta + r));
     }
-    const double largest = *std::max_element(norm.begin(), norm.begin() + k_) + rounding;
-    std::vector<double> above(static_cast<size_t>(k_), kInfinity);
-    const bool settled = theta[k_ - 1] > 0 && largest <= kSettled * theta[k_ - 1];
-    for (int64_t j = k_; j < count && settled; ++j) {
-      const double gap = theta[k_ - 1] - theta[j] - 2 * norm[j] - rounding;
-      if (gap < 2 * largest) continue;
-      std::vector<double> shifted(static_cast<size_t>(j * j));
-      for (int64_t a = 0; a < j; ++a) {
-        for (int64_t b = 0; b < j; ++b) shifted[a * j + b] = squares[a * count + b] / gap + (a == b ? theta[a] : 0.0);
-      }
-      const std::vector<double> values = symmetric_eigen(shifted, j, j).values;
-      for (int64_t i = 0; i < k_; ++i) above[i] = std::min(above[i], values[i] + rounding);
-    }
+    out.s.assign(sigma.begin(), sigma.begin() + k_);
+    out.bound.assign(reach.begin(), reach.begin() + k_);
     Progress progress{0, true};
-    out.s.clear();
-    out.bound.clear();
     for (int64_t i = 0; i < k_; ++i) {
-      const double sigma = std::sqrt(theta[i]), reach = norm[i] + rounding;
-      double bound = theta[i] > reach ? reach / (std::numbers::sqrt2 * sigma) : std::sqrt(theta[i] + reach);
-      if (settled) bound = std::min(bound, std::max(std::sqrt(above[i]) - sigma, rounding / sigma));
-      out.s.push_back(sigma);
-      out.bound.push_back(bound);
-      const bool null = !single_ && ritz_.values[i] <= 1e-13 * theta_max && norm[i] <= 1e-12 * theta_max;
-      if (null || bound <= settings_.tol * sigma) continue;
-      progress.excess = std::max(progress.excess, sigma > 0 ? bound / (settings_.tol * sigma) : kInfinity);
-      progress.rounding_only = progress.rounding_only && norm[i] <= rounding;
+      double gap = i + 1 < count ? sigma[i] - sigma[i + 1] - reach[i + 1] : 0;
+      if (i > 0) gap = std::min(gap, sigma[i - 1] - reach[i - 1] - sigma[i]);
+      if (gap > reach[i])
+        out.bound[i] = std::max(reach[i] * reach[i] / gap, rounding / std::max(sigma[i], std::sqrt(rounding)));
+      const bool null = !single_ && ritz_.values[i] <= 1e-13 * theta_max && residual(i) <= 1e-12 * theta_max;
+      if (null || out.bound[i] <= settings_.tol * sigma[i]) continue;
+      progress.excess = std::max(progress.excess, sigma[i] > 0 ? out.bound[i] / (settings_.tol * sigma[i]) : kInfinity);
+      progress.rounding_only = progress.rounding_only && residual(i) <= rounding;
     }
     return progress;
   }

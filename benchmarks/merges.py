@@ -160,7 +160,8 @@ def exact_lot(problem: Problem, keys: tuple[str, ...]) -> State:
         result |= {f"base/{key}": problem.base[key], f"gram/{key}": total}
         result[f"pinv/{key}"] = product @ torch.linalg.pinv(total, rtol=rcond, hermitian=True)
         mean = total.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        result[f"ridge/{key}"] = product @ torch.linalg.inv(total + ridge * mean * torch.eye(total.shape[-1]))
+        ridged = total + ridge * mean * torch.eye(total.shape[-1])  # singular where a group has no features
+        result[f"ridge/{key}"] = product @ torch.linalg.pinv(ridged, hermitian=True)
     return result
 
 

@@ -26,12 +26,11 @@ def regmean(problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95, r
     Raises:
         MethodError: a ratio outside [0, 1].
     """
-    if not 0 <= reduce_non_diagonal_ratio <= 1:
-        raise MethodError(f"reduce_non_diagonal_ratio: expected a number in [0, 1], got {reduce_non_diagonal_ratio}")
+    check_ratio(reduce_non_diagonal_ratio)
     evidence, alpha = problem.evidence, reduce_non_diagonal_ratio
 
     def shrink(leader: str, gram: Tensor) -> Tensor:
-        return alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+        return shrunken(gram, alpha)
 
     def shrink_product(layer: Layer, product: Tensor) -> Tensor:
         # Σ T_k Ĝ_k = α Σ T_k G_k + (1 − α) Σ T_k diag(G_k): the Gram matrices themselves are not needed again.
@@ -50,3 +49,14 @@ def regmean(problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95, r
         return base + torch.stack(task_vectors).mean(0)
 
     return problem.map_layers(merge, notes={"solutions": solver.quality})
+
+
+def check_ratio(reduce_non_diagonal_ratio: float) -> None:
+    """Raise MethodError for a ratio outside [0, 1]."""
+    if not 0 <= reduce_non_diagonal_ratio <= 1:
+        raise MethodError(f"reduce_non_diagonal_ratio: expected a number in [0, 1], got {reduce_non_diagonal_ratio}")
+
+
+def shrunken(gram: Tensor, alpha: float) -> Tensor:
+    """Ĝ: Gram matrices [.., in, in] with the entries off their diagonals multiplied by ``alpha``."""
+    return alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))

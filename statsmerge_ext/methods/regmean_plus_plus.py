@@ -8,8 +8,8 @@ from torch import Tensor
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.sequential import LayerEvidence, merge_in_execution_order
-from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.registry import register_method
+from statsmerge_ext.methods.regmean import check_ratio, shrunken
 
 
 @register_method("regmean_plus_plus", needs=("batches",))
@@ -24,9 +24,7 @@ def regmean_plus_plus(problem: MergeProblem, *, reduce_non_diagonal_ratio: float
     Raises:
         MethodError: a ratio outside [0, 1].
     """
-    if not 0 <= reduce_non_diagonal_ratio <= 1:
-        raise MethodError(f"reduce_non_diagonal_ratio: expected a number in [0, 1], got {reduce_non_diagonal_ratio}")
-    alpha = reduce_non_diagonal_ratio
+    check_ratio(reduce_non_diagonal_ratio)
 
     def fit(evidence: LayerEvidence) -> tuple[Tensor, None] | None:
         if evidence.layer.kind == "scale":
@@ -34,8 +32,7 @@ def regmean_plus_plus(problem: MergeProblem, *, reduce_non_diagonal_ratio: float
         base = evidence.base.matrices.double()
         gram = product = 0.0
         for expert in evidence.experts:
-            own = expert.moments.gram
-            shrunk = alpha * own + (1 - alpha) * torch.diag_embed(own.diagonal(dim1=-2, dim2=-1))
+            shrunk = shrunken(expert.moments.gram, reduce_non_diagonal_ratio)
             gram = gram + shrunk
             product = product + (expert.map.matrices - base) @ shrunk
         # It is solved for the task vectors, which is the same: W_0 cancels out of both sides.

@@ -41,6 +41,9 @@ GRIDS: dict[str, dict[str, list]] = {
     "linear": {},
     "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 0.7]},
     "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
+    "tsv_m": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
+    "iso_c": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
+    "wudi": {"scaling_factor": [0.3, 0.5, 0.7, 1.0, 1.5]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
     "adamerging": {"lr": [1e-2, 3e-2]},
@@ -49,6 +52,7 @@ GRIDS: dict[str, dict[str, list]] = {
     "stats_merging/own": OWN | {"loss": ["cross_entropy", "kl"]},
     "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
     "lot+stats_merging": OWN | {"init_values": [0.0], "loss": ["kl"]},
+    "regmean_plus_plus": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "drift_compensation": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
 }
 

@@ -27,6 +27,9 @@ ENTRIES = (
     "linear",
     "task_arithmetic",
     "ties",
+    "tsv_m",
+    "iso_c",
+    "wudi",
     "regmean",
     "stats_merging/task",
     "adamerging",
@@ -35,6 +38,7 @@ ENTRIES = (
     "stats_merging/own",
     "lot",
     "lot+stats_merging",
+    "regmean_plus_plus",
     "drift_compensation",
 )
 CALIBRATION_SAMPLES = 64

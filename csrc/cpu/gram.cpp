@@ -1,7 +1,8 @@
-// gram_accumulate_ and gram_accumulate_patches_ on the CPU: the operators' tensors as what the kernels see of them.
+// gram_accumulate_, gram_accumulate_patches_ and symmetrize_ on the CPU: the operators' tensors as what the kernels see of them.
 // Shapes are checked by the Python wrappers.
 #include "common/tensors.h"
 #include "cpu/kernels/gram.h"
+#include "cpu/kernels/mirror.h"
 
 namespace statsmerge {
 namespace {
@@ -76,10 +77,25 @@ void gram_accumulate_patches_(Tensor gram, Tensor x, std::vector<int64_t> kernel
   }
 }
 
+template <class Acc>
+void mirror(const Grams<Acc>& grams, const Tensor& gram) {
+  mirror_lower(grams.data, gram.sizes()[0], grams.stride, gram.sizes()[1], grams.row_stride, grams.column_stride);
+}
+
+// gram [B, in, in].
+void symmetrize_(Tensor gram) {
+  if (gram.scalar_type() == ScalarType::Double) {
+    mirror(grams_of<double>(gram), gram);
+  } else {
+    mirror(grams_of<float>(gram), gram);
+  }
+}
+
 }  // namespace
 }  // namespace statsmerge
 
 STABLE_TORCH_LIBRARY_IMPL(statsmerge, CPU, m) {
   m.impl("gram_accumulate_", TORCH_BOX(&statsmerge::gram_accumulate_));
   m.impl("gram_accumulate_patches_", TORCH_BOX(&statsmerge::gram_accumulate_patches_));
+  m.impl("symmetrize_", TORCH_BOX(&statsmerge::symmetrize_));
 }

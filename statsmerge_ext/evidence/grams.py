@@ -252,7 +252,7 @@ class _Collector:
         tokens = x.shape[: x.dim() - len(self.shapes[layer.name])]
         weight = self._token_weight(observation, tokens)
         # A batch is summed in its own precision, batches in the evidence's: these only weigh means, nothing is solved.
-        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().reshape(-1, *self.shapes[layer.name])
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square_().reshape(-1, *self.shapes[layer.name])
         if weight is not None:
             squares *= weight.reshape(-1, *[1] * (squares.dim() - 1))
         self._add_weights(layer, squares.sum(0).to(self.gram_dtype))

@@ -187,7 +187,7 @@ def _argument(args: tuple, kwargs: dict, place: int, *names: str) -> Tensor:
 
 
 def normalised(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-    """What the scale of a normalisation multiplies, with the scale's dimensions last.
+    """What the scale of a normalisation multiplies, with the scale's dimensions last: a tensor of the caller's own.
 
     A normalisation's output is affine in its scale, so the difference of its outputs at scales one and zero is the
     normalised input, whatever the class: RMSNorm, the (1 + weight) form, GroupNorm and the like. torch's own LayerNorm,
@@ -200,8 +200,7 @@ def normalised(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     batch_norm = nn.modules.batchnorm._BatchNorm
     if type(module).forward is batch_norm.forward and not module.training and module.running_var is not None:
         x = _argument(args, kwargs, 0, "input")
-        factor = (module.running_var + module.eps).rsqrt()
-        return torch.addcmul(-factor * module.running_mean, x.movedim(1, -1), factor)
+        return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps).movedim(1, -1)
     at_one, at_zero = (
         functional_call(module, {"weight": torch.full_like(weight, value)}, args, kwargs) for value in (1.0, 0.0)
     )

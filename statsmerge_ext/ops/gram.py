@@ -192,15 +192,17 @@ def _batched(x: Tensor, batch: list[int]) -> Tensor:
 
 
 def symmetrize_(gram: Any) -> Any:
-    """Mirror the lower triangle of `gram` [..., in, in] onto the upper one in place and return it."""
+    """Mirror the lower triangle of `gram` [in, in] or [B, in, in], float32 or float64, onto the upper one in place and
+    return it.
+
+    Raises:
+        TypeError, ValueError: it is of another dtype or shape.
+    """
     target = as_output(gram, "gram")
-    if target.dim() < 2 or target.shape[-1] != target.shape[-2]:
-        fail("gram", "square matrices [..., in, in]", list(target.shape))
-    for start in range(0, target.shape[-1], _MIRRORED):  # in place but for blocks: Grams may be as large as models
-        stop = start + _MIRRORED
-        target[..., :start, start:stop] = target[..., start:stop, :start].mT
-        block = target[..., start:stop, start:stop]
-        block.copy_(mirrored(block))
+    check_dtype(target, "gram", ACCUMULATOR_DTYPES)
+    if target.dim() not in (2, 3) or target.shape[-1] != target.shape[-2]:
+        fail("gram", "square matrices [in, in] or [B, in, in]", list(target.shape))
+    native("symmetrize_")(target if target.dim() == 3 else target.unsqueeze(0))
     return updated(gram, target)
 
 
@@ -278,5 +280,18 @@ def _patches_fake(
     torch._check(x.dim() == 5)
 
 
+def _symmetrize_fallback(gram: Tensor) -> None:
+    for start in range(0, gram.shape[-1], _MIRRORED):  # in place but for blocks: Grams may be as large as models
+        stop = start + _MIRRORED
+        gram[..., :start, start:stop] = gram[..., start:stop, :start].mT
+        block = gram[..., start:stop, start:stop]
+        block.copy_(mirrored(block))
+
+
+def _symmetrize_fake(gram: Tensor) -> None:
+    torch._check(gram.dim() == 3)
+
+
 register("gram_accumulate_", fake=_fake, fallback=_fallback)
 register("gram_accumulate_patches_", fake=_patches_fake, fallback=_patches_fallback)
+register("symmetrize_", fake=_symmetrize_fake, fallback=_symmetrize_fallback)

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "common/parallel.h"
+#include "cpu/kernels/mirror.h"
 #include "cpu/kernels/product.h"
 
 namespace statsmerge {
@@ -125,18 +126,7 @@ bool cholesky(const SquareView& c) {
   return true;
 }
 
-void mirror_upper(const SquareView& u) {
-  constexpr int64_t block = 32;
-  parallel_for(0, (u.n + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * block; first < std::min(end * block, u.n); first += block) {
-      for (int64_t from = 0; from <= first; from += block) {
-        for (int64_t i = first; i < std::min(first + block, u.n); ++i) {
-          for (int64_t j = from; j < std::min(from + block, i); ++j) u.row(i)[j] = u.row(j)[i];
-        }
-      }
-    }
-  });
-}
+void mirror_upper(const SquareView& u) { mirror_lower(u.data, 1, 0, u.n, 1, u.stride); }
 
 void cholesky_solve(const SquareView& u, double* x, int64_t stride, int64_t columns) {
   if (u.n == 0) return;

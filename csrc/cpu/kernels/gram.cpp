@@ -16,14 +16,15 @@ constexpr int64_t kTileRows = 256;            // patches added before their sums
 constexpr int64_t kTasks = 16;                // at least, where the shape allows it
 constexpr int64_t kSmallGram = 512;           // Grams up to this size are parallel over the batch
 
-// Patches at outputs [y, y + rows) × [x, x + columns) of plane z, of as many images or groups as there are lanes.
+// Patches at outputs [y, y + rows) × [x, x + columns) of plane z, of as many images or groups as there are lanes; and,
+// one after the other, of several images.
 template <class Acc>
 struct LaneTile {
   const Patches* patches;
   const char* data;  // of the first lane
-  int64_t lanes, lane_stride;
+  int64_t lanes, lane_stride, images, image_stride;
   const Acc* weight;  // of the first patch of the first lane; null: ones
-  int64_t weight_lane_stride;
+  int64_t weight_lane_stride, weight_image_stride;
   int64_t z, y, x, rows, columns;
   int64_t block;  // entries of a Gram in registers: block × block
 };
@@ -37,6 +38,13 @@ struct LaneKernels {
 // Elements of the padded input that `outputs` neighbours touch along a dimension.
 constexpr int64_t span(const Patches& p, int dimension, int64_t outputs) {
   return (outputs - 1) * p.stride[dimension] + (p.kernel[dimension] - 1) * p.dilation[dimension] + 1;
+}
+
+// Elements of the padded input of one image that a tile's patches touch, in every lane.
+template <class Acc>
+int64_t elements_of(const LaneTile<Acc>& tile) {
+  const Patches& p = *tile.patches;
+  return p.kernel[0] * span(p, 1, tile.rows) * span(p, 2, tile.columns) * p.channels;
 }
 
 constexpr int64_t padded_taps(int64_t taps, int64_t block) { return (taps + block - 1) / block * block; }
@@ -70,9 +78,9 @@ class LaneGrams {
     std::fill_n(sums_.get(), count, Acc{0});
   }
 
-  // Adds all patches of `lanes` neighbouring images or groups.
+  // Adds all patches of `lanes` neighbouring images, or of `lanes` neighbouring groups in each of some images.
   void add(const Patches& p, const char* data, int64_t lanes, int64_t lane_stride, const Acc* weight,
-           int64_t weight_lane_stride) {
+           int64_t weight_lane_stride, int64_t images = 1, int64_t weight_image_stride = 0) {
     const int64_t lane_bytes = kernels_.lanes * static_cast<int64_t>(sizeof(Acc));
     const auto elements = [&](int64_t rows, int64_t columns) {
       return p.kernel[0] * span(p, 1, rows) * span(p, 2, columns) * p.channels + (weight ? rows * columns : 0);
@@ -83,14 +91,21 @@ class LaneGrams {
     int64_t rows = p.out[1], columns = p.out[2];
     while (columns > 1 && too_much(1, columns)) columns = (columns + 1) / 2;
     while (rows > 1 && too_much(rows, columns)) rows = (rows + 1) / 2;
-    const AlignedArray<Acc> scratch = aligned_array<Acc>(elements(rows, columns) * kernels_.lanes);
-    for (int64_t z = 0; z < p.out[0]; ++z) {
-      for (int64_t y = 0; y < p.out[1]; y += rows) {
-        for (int64_t x = 0; x < p.out[2]; x += columns) {
-          kernels_.accumulate({&p, data, lanes, lane_stride,
-                               weight ? weight + (z * p.out[1] + y) * p.out[2] + x : nullptr, weight_lane_stride, z, y,
-                               x, std::min(rows, p.out[1] - y), std::min(columns, p.out[2] - x), block_},
-                              scratch.get(), sums_.get());
+    const int64_t room = std::min(kTileRows / (rows * columns), kTileBytes / (elements(rows, columns) * lane_bytes));
+    const int64_t together = std::clamp<int64_t>(room, 1, images);
+    const AlignedArray<Acc> scratch = aligned_array<Acc>(together * elements(rows, columns) * kernels_.lanes);
+    for (int64_t image = 0; image < images; image += together) {
+      const char* from = data + image * p.image_stride * bytes_of(p.storage);
+      const Acc* weights = weight ? weight + image * weight_image_stride : nullptr;
+      for (int64_t z = 0; z < p.out[0]; ++z) {
+        for (int64_t y = 0; y < p.out[1]; y += rows) {
+          for (int64_t x = 0; x < p.out[2]; x += columns) {
+            kernels_.accumulate({&p, from, lanes, lane_stride, std::min(together, images - image), p.image_stride,
+                                 weights ? weights + (z * p.out[1] + y) * p.out[2] + x : nullptr, weight_lane_stride,
+                                 weight_image_stride, z, y, x, std::min(rows, p.out[1] - y),
+                                 std::min(columns, p.out[2] - x), block_},
+                                scratch.get(), sums_.get());
+          }
         }
       }
     }
@@ -166,23 +181,24 @@ void accumulate_groups(const Patches& p, const Acc* weight, const Grams<Acc>& gr
   const auto& kernels = STATSMERGE_ACTIVE(kLaneGrams<Acc>);
   const int64_t size = p.columns(), blocks = divide_up(p.groups, kernels.lanes), slices = slices_of(p.images, blocks);
   const int64_t outputs = p.out[0] * p.out[1] * p.out[2];
-  std::vector<Acc> results(static_cast<size_t>(slices * p.groups * size * size));
+  std::vector<Acc> results(slices > 1 ? static_cast<size_t>(slices * p.groups * size * size) : 0);
   parallel_tasks(blocks * slices, [&](int64_t task) {
     const int64_t group = task % blocks * kernels.lanes, slice = task / blocks;
-    const int64_t count = std::min(kernels.lanes, p.groups - group);
+    const int64_t count = std::min(kernels.lanes, p.groups - group), first = slice * p.images / slices;
     LaneGrams<Acc> lanes(kernels, size);
-    for (int64_t image = slice * p.images / slices; image < (slice + 1) * p.images / slices; ++image) {
-      lanes.add(p, p.data + (image * p.image_stride + group * p.group_stride) * bytes_of(p.storage), count,
-                p.group_stride, weight ? weight + image * outputs : nullptr, 0);
-    }
-    Acc* result = results.data() + (slice * p.groups + group) * size * size;
-    for (int64_t lane = 0; lane < count; ++lane, result += size * size) {
+    lanes.add(p, p.data + (first * p.image_stride + group * p.group_stride) * bytes_of(p.storage), count,
+              p.group_stride, weight ? weight + first * outputs : nullptr, 0, (slice + 1) * p.images / slices - first,
+              outputs);
+    const Grams<Acc> to = slices > 1 ? Grams<Acc>{results.data() + slice * p.groups * size * size, size * size, size, 1}
+                                     : grams;
+    for (int64_t lane = 0; lane < count; ++lane) {
       for (int64_t i = 0; i < size; ++i) {
-        for (int64_t j = 0; j <= i; ++j) result[i * size + j] = lanes.sum(i, j, lane);
+        Acc* row = to.data + (group + lane) * to.stride + i * to.row_stride;
+        for (int64_t j = 0; j <= i; ++j) row[j * to.column_stride] += lanes.sum(i, j, lane);
       }
     }
   });
-  add_results(results, p.groups, slices, size, grams);
+  if (slices > 1) add_results(results, p.groups, slices, size, grams);
 }
 
 // The same patches with an image in every lane.

@@ -29,9 +29,9 @@ STATSMERGE_INLINE void pack_run(const T* from, int64_t lanes, int64_t lane_strid
   }
 }
 
-// The part of the padded input that a tile's patches touch: [kernel depth, rows, columns, channels, lanes].
+// The part of an image's padded input that a tile's patches touch: [kernel depth, rows, columns, channels, lanes].
 template <class Acc, class T>
-STATSMERGE_INLINE void pack_tile(const LaneTile<Acc>& tile, Acc* plane) {
+STATSMERGE_INLINE void pack_image(const LaneTile<Acc>& tile, int64_t image, Acc* plane) {
   constexpr int64_t lanes = kLanes<Acc>;
   const Patches& p = *tile.patches;
   const int64_t height = span(p, 1, tile.rows), width = span(p, 2, tile.columns), pitch = p.channels * lanes;
@@ -48,7 +48,7 @@ STATSMERGE_INLINE void pack_tile(const LaneTile<Acc>& tile, Acc* plane) {
       }
       std::memset(plane, 0, static_cast<size_t>(begin * pitch) * sizeof(Acc));
       std::memset(plane + end * pitch, 0, static_cast<size_t>((width - end) * pitch) * sizeof(Acc));
-      const T* from = reinterpret_cast<const T*>(tile.data) + z * p.element_stride[0] + y * p.element_stride[1] +
+      const T* from = reinterpret_cast<const T*>(tile.data) + image * tile.image_stride + z * p.element_stride[0] + y * p.element_stride[1] +
                       (x + begin) * p.element_stride[2];
       Acc* to = plane + begin * pitch;
       if (p.channel_stride == 1 && p.element_stride[2] == p.channels) {
@@ -63,6 +63,13 @@ STATSMERGE_INLINE void pack_tile(const LaneTile<Acc>& tile, Acc* plane) {
   }
 }
 
+template <class Acc, class T>
+STATSMERGE_INLINE void pack_tile(const LaneTile<Acc>& tile, Acc* planes) {
+  for (int64_t image = 0; image < tile.images; ++image) {
+    pack_image<Acc, T>(tile, image, planes + image * elements_of(tile) * kLanes<Acc>);
+  }
+}
+
 // B × B entries of every lane's Gram: sums[i · pitch + j] of the elements that the patches have at left[i] and right[j].
 template <class Acc, int B, bool kDiagonal, bool kWeighted>
 void multiply_block(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weights, const int64_t* left,
@@ -71,9 +78,10 @@ void multiply_block(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weig
   const Patches& p = *tile.patches;
   const int64_t column_step = p.stride[2] * p.channels * lanes;
   const int64_t row_step = p.stride[1] * span(p, 2, tile.columns) * p.channels * lanes;
+  const int64_t image_step = elements_of(tile) * lanes;
   Vector<Acc> block[B][B] = {};
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    const Acc* from = plane + row * row_step;
+  for (int64_t line = 0; line < tile.images * tile.rows; ++line) {
+    const Acc* from = plane + line / tile.rows * image_step + line % tile.rows * row_step;
     for (int64_t column = 0; column < tile.columns; ++column, from += column_step) {
       Vector<Acc> factors[B];
 #pragma GCC unroll 5
@@ -81,7 +89,7 @@ void multiply_block(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weig
 #pragma GCC unroll 5
       for (int i = 0; i < B; ++i) {
         Vector<Acc> factor = kDiagonal ? factors[i] : load(from + left[i]);
-        if constexpr (kWeighted) factor *= load(weights + (row * tile.columns + column) * lanes);
+        if constexpr (kWeighted) factor *= load(weights + (line * tile.columns + column) * lanes);
 #pragma GCC unroll 5
         for (int j = 0; j < (kDiagonal ? i + 1 : B); ++j) block[i][j] += factor * factors[j];
       }
@@ -141,11 +149,12 @@ void accumulate_tile(const LaneTile<Acc>& tile, Acc* scratch, Acc* sums) {
       break;
   }
   const int64_t height = span(p, 1, tile.rows), width = span(p, 2, tile.columns);
-  Acc* weights = scratch + p.kernel[0] * height * width * p.channels * lanes;
+  Acc* weights = scratch + tile.images * elements_of(tile) * lanes;
   if (tile.weight) {
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      pack_run<Acc>(tile.weight + row * p.out[2], tile.lanes, tile.weight_lane_stride, 1, tile.columns,
-                    weights + row * tile.columns * lanes, lanes);
+    for (int64_t line = 0; line < tile.images * tile.rows; ++line) {
+      const Acc* from = tile.weight + line / tile.rows * tile.weight_image_stride + line % tile.rows * p.out[2];
+      pack_run<Acc>(from, tile.lanes, tile.weight_lane_stride, 1, tile.columns, weights + line * tile.columns * lanes,
+                    lanes);
     }
   }
   int64_t taps[kMostTaps];

@@ -197,7 +197,8 @@ def solve(
         evidence = GramEvidence.load(evidence)
     collect = "grams" in chosen.needs and evidence is None
     batches: dict[str, list] = {}
-    if collect or "batches" in chosen.needs or buffers == "reestimate":
+    runs_later = "batches" in chosen.needs or buffers == "reestimate"
+    if collect or runs_later:
         if module is None:
             raise MethodError(
                 f"base: method {chosen.name!r} runs the model, so it needs a module, not only its weights"
@@ -207,7 +208,7 @@ def solve(
         layers=layers,
         base=base_state,
         experts=states,
-        model=copy.deepcopy(module),
+        model=copy.deepcopy(module) if runs_later else None,
         forward=forward or default_forward,
         batches=batches,
         heads=heads or {},
@@ -219,11 +220,12 @@ def solve(
     )
     if collect:
         evidence = collect_grams(
-            problem.model, layers, base_state, states, batches, forward=problem.forward, progress=progress
+            module, layers, base_state, states, batches, forward=problem.forward, progress=progress
         )
     elif evidence is not None:
         evidence.check_models(base_state, states)
-    problem.evidence = evidence
+    if evidence is not None:
+        problem.evidence = evidence.shallow_copy()
     collected = time.perf_counter()
 
     if journal is not None and "batches" in chosen.needs:

@@ -50,7 +50,7 @@ class MergeProblem:
         layers: the model's layers.
         base: state dict (or a lazy mapping) of the pretrained model.
         experts: name -> state dict of that expert.
-        evidence: Gram evidence, for methods that need "grams".
+        evidence: Gram evidence, for methods that need "grams"; theirs to take apart.
         model: the architecture, for methods that need "batches" (its weights are not to be relied on).
         forward: runs ``model`` on a batch.
         batches: expert name -> list of unlabelled batches.

@@ -17,10 +17,10 @@ _RESOLUTION = torch.finfo(torch.float32).eps
 
 
 class LayerSolver:
-    """Task vectors T with T · C = D, layer by layer.
+    """Task vectors T with T · C = D, layer by layer, each once.
 
     Args:
-        problem: its evidence holds C and D.
+        problem: its evidence holds C and D, which are dropped as soon as they are solved: they are as large as models.
         shrink: (leader, C) -> C, and
         shrink_product: (layer, D) -> D: what a method makes of them before solving.
         ridge: what is added to the eigenvalues of C, as a part of their mean.
@@ -66,8 +66,8 @@ class LayerSolver:
 
     def _solve_sharers(self, leader: str) -> None:
         members = self._members[leader]
-        gram = self._shrink(leader, self._evidence.grams[leader])
-        products = [self._shrink_product(layer, self._evidence.products[layer.name]) for layer in members]
+        gram = self._shrink(leader, self._evidence.grams.pop(leader))
+        products = [self._shrink_product(layer, self._evidence.products.pop(layer.name)) for layer in members]
         if self._ridge > 0:
             gram = gram.clone()
             diagonal = gram.diagonal(dim1=-2, dim2=-1)

@@ -163,7 +163,7 @@ def collect_suite_grams(
     """Gram evidence of a suite's experts on ``calibration``."""
     base, experts = models
     return collect_grams(
-        suite.load_base(),
+        base,
         find_layers(base),
         base.state_dict(),
         experts,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +22,9 @@ from statsmerge_ext import ops
 from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.errors import CalibrationError
 from statsmerge_ext.evidence.artefact import load_artefact, save_artefact
+from statsmerge_ext.evidence.borrowed import borrow, borrowing_copy
 from statsmerge_ext.evidence.observe import Observation, observe
+from statsmerge_ext.evidence.triangle import TriangleSum
 from statsmerge_ext.layers import Layer
 
 FORMAT = "statsmerge-grams-1"
@@ -55,6 +57,10 @@ class GramEvidence:
     def has(self, layer: Layer) -> bool:
         """Whether ``layer`` was seen at all: a module that was never called has no evidence."""
         return layer.name in self.products or layer.name in self.weights
+
+    def shallow_copy(self) -> GramEvidence:
+        """The same sums, which whoever holds the copy can drop one by one."""
+        return replace(self, **{kind: dict(getattr(self, kind)) for kind in self._TENSORS})
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, atomically. Raises CheckpointError when it cannot be written."""
@@ -102,7 +108,7 @@ def collect_grams(
     Memory beyond the result is one expert's Gram matrices, whatever the number of experts.
 
     Args:
-        model: the architecture; its parameters are overwritten with each expert's in turn. Put in eval mode.
+        model: the architecture. It is not changed.
         layers: of :func:`~statsmerge_ext.layers.find_layers`.
         base, experts: state dicts of ``model``; the experts' order is kept.
         calibration: expert name -> batches without labels. A batch with an ``attention_mask`` [N, T] has its
@@ -120,10 +126,10 @@ def collect_grams(
     shapes = {layer.name: base[layer.parameter].shape for layer in layers}
     collector = _Collector(evidence.leaders, shapes, gram_dtype, share_inputs)
     samples, tokens = {}, {}
-    model.eval()
+    model = borrowing_copy(model).eval()
     for k, name in enumerate(tqdm(names, desc="Gram matrices", unit="expert", disable=not progress)):
         collector.start_expert()
-        model.load_state_dict(dict(experts[name]), strict=False)
+        borrow(model, experts[name])
         samples[name] = 0
         with torch.no_grad(), observe(model, layers, collector.receive):
             for batch in calibration[name]:
@@ -133,6 +139,9 @@ def collect_grams(
             raise CalibrationError(f"calibration: no batches for expert {name!r}: expected at least one sample")
         _add_expert(evidence, collector, layers, base, experts[name], k)
         tokens[name] = dict(collector.tokens)
+    collector.grams.clear()
+    for leader in list(collector.totals):
+        evidence.grams[leader] = collector.totals.pop(leader).whole()
     fingerprints = {
         "base": fingerprint(base),
         "experts": {name: fingerprint(state) for name, state in experts.items()},
@@ -155,10 +164,9 @@ def _add_expert(
         ops.symmetrize_(gram)
         diagonals = evidence.diagonals.setdefault(leader, gram.new_zeros(count, *gram.shape[:2]))
         diagonals[k] = gram.diagonal(dim1=-2, dim2=-1)
-        if leader in evidence.grams:
-            evidence.grams[leader] += gram
-        else:
-            evidence.grams[leader] = gram
+        if leader not in collector.totals:
+            collector.totals[leader] = TriangleSum(gram)
+        collector.totals[leader].add(gram)
     for name, weights in collector.weights.items():
         evidence.weights.setdefault(name, weights.new_zeros(count, *weights.shape))[k] = weights
     for layer in layers:
@@ -173,7 +181,7 @@ def _add_expert(
 
 
 class _Collector:
-    """The sums over one expert's samples, and who shares what."""
+    """The sums over one expert's samples, the Grams' over all experts so far, and who shares what."""
 
     def __init__(
         self,
@@ -186,9 +194,12 @@ class _Collector:
         self.shapes = shapes
         self.gram_dtype = gram_dtype
         self.share_inputs = share_inputs
+        self.grams: dict[str, Tensor] = {}
+        self.totals: dict[str, TriangleSum] = {}
 
     def start_expert(self) -> None:
-        self.grams: dict[str, Tensor] = {}
+        for gram in self.grams.values():  # not made anew among a pass's activations: the heap would get holes
+            gram.zero_()
         self.weights: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
 

@@ -280,7 +280,8 @@ def _patches_fake(
     torch._check(x.dim() == 5)
 
 
-def _symmetrize_fallback(gram: Tensor) -> None:
+def symmetrize_reference(gram: Tensor) -> None:
+    """`symmetrize_` in plain torch."""
     for start in range(0, gram.shape[-1], _MIRRORED):  # in place but for blocks: Grams may be as large as models
         stop = start + _MIRRORED
         gram[..., :start, start:stop] = gram[..., start:stop, :start].mT
@@ -294,4 +295,4 @@ def _symmetrize_fake(gram: Tensor) -> None:
 
 register("gram_accumulate_", fake=_fake, fallback=_fallback)
 register("gram_accumulate_patches_", fake=_patches_fake, fallback=_patches_fallback)
-register("symmetrize_", fake=_symmetrize_fake, fallback=_symmetrize_fallback)
+register("symmetrize_", fake=_symmetrize_fake, fallback=symmetrize_reference)

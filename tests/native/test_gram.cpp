@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "cpu/kernels/gram.h"
+#include "cpu/kernels/mirror.h"
 
 using namespace statsmerge;
 
@@ -132,6 +133,25 @@ NATIVE_TEST(small_grams) {
             CHECK(std::abs(got - expected) <= (4 + std::sqrt(rows)) * 6e-8 * magnitude, rows, columns, i, j);
           }
         }
+      }
+    }
+  }
+}
+
+NATIVE_TEST(mirrored_matrices_are_symmetric) {
+  for (const int64_t n : {1, 5, 32, 33, 100}) {
+    for (const int64_t batches : {1, 3, 40}) {
+      const int64_t rows = n + 2, stride = n * rows + 1;  // with gaps, which are left alone
+      const std::vector<double> before = normal(batches * stride, 5);
+      std::vector<double> lower = before, upper = before;
+      mirror_lower(lower.data(), batches, stride, n, rows, 1);
+      mirror_lower(upper.data(), batches, stride, n, 1, rows);
+      for (int64_t place = 0; place < batches * stride; ++place) {
+        const int64_t in_matrix = place % stride, i = in_matrix / rows, j = in_matrix % rows;
+        const bool entry = i < n && j < n;
+        const int64_t mirrored = place - in_matrix + j * rows + i;
+        CHECK(lower[place] == before[entry && j > i ? mirrored : place], n, batches, place);
+        CHECK(upper[place] == before[entry && j < i ? mirrored : place], n, batches, place);
       }
     }
   }

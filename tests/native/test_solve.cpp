@@ -79,6 +79,16 @@ NATIVE_TEST(cholesky_refuses_what_is_not_positive_definite) {
   }
 }
 
+NATIVE_TEST(cholesky_refuses_small_pivots) {
+  for (const int64_t n : {1, 65, 300}) {
+    Matrix c(static_cast<size_t>(n * n), 0.0);
+    for (int64_t i = 0; i < n; ++i) c[i * n + i] = i == n / 2 ? 1e-6 : 1;
+    Matrix copy = c;
+    CHECK(statsmerge::cholesky({copy.data(), n, n}, 0.9e-6), n);
+    CHECK(!statsmerge::cholesky({c.data(), n, n}, 1.1e-6), n);
+  }
+}
+
 NATIVE_TEST(pivoted_cholesky_finds_the_rank) {
   for (const int64_t n : {1, 40, 150, 260}) {
     for (const int64_t rank : {int64_t{0}, int64_t{1}, n / 3, n}) {

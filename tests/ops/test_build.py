@@ -16,6 +16,7 @@ OPERATORS = [
     "weight_statistics",
     "gram_accumulate_",
     "gram_accumulate_patches_",
+    "symmetrize_",
     "layer_solve",
     "layer_solve_features",
     "weighted_merge",

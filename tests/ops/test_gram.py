@@ -11,7 +11,11 @@ from torch import Tensor
 
 from statsmerge_ext import _C
 from statsmerge_ext.ops import gram_accumulate_, gram_accumulate_patches_, symmetrize_
-from statsmerge_ext.ops.gram import gram_accumulate_patches_reference, gram_accumulate_reference
+from statsmerge_ext.ops.gram import (
+    gram_accumulate_patches_reference,
+    gram_accumulate_reference,
+    symmetrize_reference,
+)
 
 TARGETS = _C.build_info()["cpu_targets"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -211,8 +215,9 @@ def test_patches_of_any_convolution(convolution, target, dtype, gram_dtype, layo
 @pytest.mark.usefixtures("every_target")
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_depthwise_patches(dtype, kernel, stride, assert_as_accurate):
-    x = torch.randn(8, 40, 28, 28).to(dtype)
+@pytest.mark.parametrize(("images", "side"), [(8, 28), (50, 6)])  # small images are taken several at a time
+def test_depthwise_patches(dtype, kernel, stride, images, side, assert_as_accurate):
+    x = torch.randn(images, 40, side, side).to(dtype)
     geometry = {"stride": stride, "padding": kernel // 2, "groups": 40}
     full = {"stride": [stride] * 2, "padding": [(kernel // 2,) * 2] * 2, "dilation": [1, 1], "groups": 40}
     empty = torch.zeros(40, kernel**2, kernel**2)
@@ -382,6 +387,10 @@ def test_opcheck(opcheck):
     opcheck("gram_accumulate_", torch.zeros(2, 3, 3, dtype=torch.float64), other.bfloat16(), weight, None)
 
 
+def test_opcheck_of_symmetrize(opcheck):
+    opcheck("symmetrize_", torch.randn(3, 5, 5))
+
+
 def test_opcheck_of_patches(opcheck):
     x, weight = torch.randn(2, 6, 1, 8, 9), torch.rand(2, 4 * 9)
     geometry = ([1, 3, 3], [1, 2, 1], [0, 0, 1, 0, 1, 1], [1, 1, 1])
@@ -397,10 +406,25 @@ def test_traces_in_one_graph():
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
-def test_symmetrize_mirrors_large_matrices_block_by_block():
-    gram = torch.randn(2, 1100, 1100)
+@pytest.mark.parametrize(
+    "shape", [(1100, 1100), (2, 700, 700), (300, 9, 9), (7, 33, 33), (3, 1, 1), (0, 4, 4), (2, 0, 0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_symmetrize_mirrors_any_matrices(shape, dtype, transposed):
+    gram = torch.randn(shape, dtype=dtype)
+    gram = gram.mT if transposed else gram
     expected = gram.tril() + gram.tril(-1).mT
-    assert torch.equal(symmetrize_(gram), expected)
+    reference = gram.clone()
+    symmetrize_reference(reference)
+    assert torch.equal(symmetrize_(gram), expected) and torch.equal(reference, expected)
+
+
+def test_symmetrize_refuses_what_is_no_gram():
+    with pytest.raises(ValueError, match=r"gram: expected square matrices \[in, in\] or \[B, in, in\], got \[2, 3\]"):
+        symmetrize_(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="gram: expected .*float64.*, got bfloat16"):
+        symmetrize_(torch.zeros(3, 3, dtype=torch.bfloat16))
 
 
 def test_reference_accepts_what_the_operator_accepts():

@@ -26,7 +26,7 @@ struct TriangleView {
 };
 
 struct CholeskyKernels {
-  bool (*factor_leaf)(double* c, int64_t stride, int64_t n);
+  bool (*factor_leaf)(double* c, int64_t stride, int64_t n, double least);
   void (*solve_leaf)(const TriangleView& t, int64_t n, double* x, int64_t stride, int64_t columns);
   void (*pivot_row)(const double* above, const double* factors, int64_t count, int64_t stride, double scale,
                     double* row, double* diagonal, int64_t n);
@@ -93,14 +93,14 @@ void solve_forward_in_parallel(const SquareView& u, double* x, int64_t stride, i
   });
 }
 
-bool factor(const SquareView& c) {
-  if (c.n <= kLeaf) return STATSMERGE_ACTIVE(kCholesky).factor_leaf(c.data, c.stride, c.n);
+bool factor(const SquareView& c, double least) {
+  if (c.n <= kLeaf) return STATSMERGE_ACTIVE(kCholesky).factor_leaf(c.data, c.stride, c.n, least);
   const int64_t first = half(c.n);
   const SquareView leading{c.data, first, c.stride}, rest = trailing(c, first);
-  if (!factor(leading)) return false;
+  if (!factor(leading, least)) return false;
   solve_forward_in_parallel(leading, c.data + first, c.stride, rest.n);
   subtract_square(c.data + first, first, rest.n, c.stride, rest.data, c.stride);
-  return factor(rest);
+  return factor(rest, least);
 }
 
 // Exchanges rows and columns i < j of a symmetric matrix given by its upper triangle; in rows [begin, i), which belong
@@ -114,14 +114,14 @@ void exchange(const SquareView& c, int64_t begin, int64_t i, int64_t j) {
 
 }  // namespace
 
-bool cholesky(const SquareView& c) {
+bool cholesky(const SquareView& c, double least) {
   for (int64_t done = 0; done < c.n; done += kBorder) {
     const SquareView next{c.row(done) + done, std::min(kBorder, c.n - done), c.stride};
     if (done > 0) {
       solve_forward_in_parallel({c.data, done, c.stride}, c.data + done, c.stride, next.n);
       subtract_square(c.data + done, done, next.n, c.stride, next.data, c.stride);
     }
-    if (!factor(next)) return false;
+    if (!factor(next, least)) return false;
   }
   return true;
 }

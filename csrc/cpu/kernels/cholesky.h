@@ -14,9 +14,9 @@ struct SquareView {
 };
 
 // The upper triangle of a symmetric C becomes U with C = UᵀU. False where C is not positive definite to working
-// precision; a leading block that is not is noticed without work on what follows it. What is below the diagonal may be
-// overwritten.
-bool cholesky(const SquareView& c);
+// precision, or a pivot, the square of U's diagonal entry, is not above `least`; a leading block of that kind is noticed
+// without work on what follows it. What is below the diagonal may be overwritten.
+bool cholesky(const SquareView& c, double least = 0);
 
 // Completes U by its transpose below the diagonal, as cholesky_solve wants it.
 void mirror_upper(const SquareView& u);

@@ -6,13 +6,13 @@ constexpr int64_t kStrip = kStripVectors * kLanes<double>;
 constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
 
 // The upper triangle of a block of at most kLeaf rows becomes its factor; what is below is left alone.
-bool factor_leaf(double* c, int64_t stride, int64_t n) {
+bool factor_leaf(double* c, int64_t stride, int64_t n, double least) {
   constexpr int64_t lanes = kLanes<double>;
   alignas(64) double block[kLeaf * kLeaf] = {};
   for (int64_t i = 0; i < n; ++i) std::memcpy(block + i * kLeaf + i, c + i * stride + i, (n - i) * sizeof(double));
   for (int64_t k = 0; k < n; ++k) {
     double* pivot = block + k * kLeaf;
-    if (!(pivot[k] > 0) || pivot[k] > std::numeric_limits<double>::max()) return false;
+    if (!(pivot[k] > least) || pivot[k] > std::numeric_limits<double>::max()) return false;
     const double diagonal = std::sqrt(pivot[k]), inverse = 1 / diagonal;
     pivot[k] = diagonal;
     for (int64_t j = k + 1; j < n; ++j) pivot[j] *= inverse;

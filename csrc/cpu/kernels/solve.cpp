@@ -1,5 +1,6 @@
 // Three ways to a pseudo-inverse, each tried where the one before does not do:
-//  - C is safely positive definite: a Cholesky factorisation.
+//  - C is safely positive definite: a Cholesky factorisation. Lanczos iterations with its factor show that, or near the
+//    cut-off a factorisation of C less the cut-off.
 //  - C has a factor L [n, r] with markedly fewer columns than rows, found by complete pivoting: C^† = L M⁻² Lᵀ, where
 //    M = LᵀL has C's nonzero eigenvalues, with a Cholesky factorisation of M where it proves them all to be kept, and
 //    M's eigenvectors otherwise.
@@ -30,6 +31,7 @@ constexpr double kThin = 0.8;      // the largest rank, as a part of n, for whic
 constexpr int64_t kBlock = 192;    // columns of a triangular factor by which zeros are left out
 constexpr int64_t kSteps = 16;     // of a Lanczos iteration
 constexpr double kMargin = 1.25;   // by which a Lanczos iteration of so many steps hardly ever misses the largest
+constexpr double kSafely = 4;      // by which a condition number by Lanczos must stay below 1 / rcond
 constexpr double kNoise = 64;      // rounding errors of a factorisation stay below so many eps of the largest eigenvalue
 constexpr double kLeftOut = 1e-3;  // the largest part of the least eigenvalue kept that a factor may leave out of C
 constexpr double kEps = std::numeric_limits<double>::epsilon();
@@ -176,6 +178,7 @@ class PositiveDefinite final : public PseudoInverse {
   void drop(double* x, int64_t stride, int64_t columns) const override {
     for (int64_t i = 0; i < n_; ++i) std::fill_n(x + i * stride, columns, 0.0);
   }
+  Vectors release() { return std::move(factor_); }
 
  private:
   Vectors factor_;
@@ -306,6 +309,17 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
   if (!load(c, ridge, matrix)) throw std::invalid_argument(name + " contains NaN or Inf");
   if (n <= kDirect) return std::make_unique<EigenInverse>(symmetric_eigen(std::move(work), n), n, rcond);
 
+  // A pivot is no less than the smallest eigenvalue, a diagonal entry no more than the largest.
+  double largest_entry = 0;
+  for (int64_t i = 0; i < n; ++i) largest_entry = std::max(largest_entry, matrix.row(i)[i]);
+  if (cholesky(matrix, rcond * largest_entry)) {
+    auto inverse = std::make_unique<PositiveDefinite>(std::move(work), n);
+    if (kSafely * rcond * inverse->spectrum.condition <= 1) return inverse;
+    work = inverse->release();
+  }
+
+  // Near the cut the factorisation of a shifted matrix decides.
+  load(c, ridge, matrix);
   const double bound = largest_bound(matrix), cut = rcond * bound;
   shift(matrix, -cut);
   if (cholesky(matrix)) {

@@ -51,14 +51,21 @@ class Affine:
             return x * self.weight if self.shift is None else torch.addcmul(self.shift, x, self.weight)
         if self.layer.kind == "linear":
             return F.linear(x, self.matrices[0], self.shift)
-        x = F.pad(x, [side for pair in reversed(geometry.padding) for side in pair])
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel_size) - 1]
-        return convolve(x, self.weight, self.shift, geometry.stride, 0, geometry.dilation, geometry.groups)
+        return convolve(
+            padded(x, geometry), self.weight, self.shift, geometry.stride, 0, geometry.dilation, geometry.groups
+        )
 
     def then(self, scale: Tensor, shift: Tensor) -> Affine:
         """This map followed by a factor and a summand a channel, [out] both."""
         weight = self.weight * scale.reshape(-1, *[1] * (self.weight.dim() - 1))
         return replace(self, weight=weight, shift=shift if self.shift is None else self.shift * scale + shift)
+
+
+def padded(x: Tensor, geometry: Geometry) -> Tensor:
+    """The input x [N, C, *spatial] of a convolution with the zeros around it."""
+    sides = [side for pair in reversed(geometry.padding) for side in pair]
+    return F.pad(x, sides) if any(sides) else x
 
 
 def shifts_of(layers: list[Layer]) -> dict[str, Layer]:

@@ -84,7 +84,9 @@ class _Pass:
         self.observation: Observation | None = None
         self._error: BaseException | None = None
         self._abandoned = False
-        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._paused = threading.Lock(), threading.Lock()  # each released by one side and taken by the other
+        self._go.acquire()
+        self._paused.acquire()
         self._thread = threading.Thread(target=self._run, args=(model, layers, forward, batch), daemon=True)
         self._thread.start()
 

@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from statsmerge_ext import ops
-from statsmerge_ext.engine.affine import Affine
+from statsmerge_ext.engine.affine import padded
+from statsmerge_ext.engine.solving import RESOLUTION
 from statsmerge_ext.evidence.observe import Geometry
-
-# A variance below this part of the mean square is rounding of float32 features.
-_RESOLUTION = torch.finfo(torch.float32).eps
 
 
 @dataclass
 class Moments:
-    """Sums over rows (tokens, or positions of a convolution) of inputs x and targets y, in float64.
+    """Sums over rows (tokens, or positions of a convolution) of inputs x and targets y.
+
+    One expert's are in the dtype of its features, as exact as these are; those of all experts, which are solved, in
+    float64.
 
     Attributes:
         gram: Σ x xᵀ, [groups, in, in]; the lower triangles, until they are mirrored.
@@ -38,11 +38,11 @@ class Moments:
     count: Tensor
 
     @classmethod
-    def zeros_like(cls, matrices: Tensor) -> Moments:
-        """No rows yet, for a layer with weights ``matrices`` [groups, out, in]."""
+    def zeros_like(cls, matrices: Tensor, dtype: torch.dtype | None = None) -> Moments:
+        """No rows yet, for a layer with weights ``matrices`` [groups, out, in]; in their dtype unless told otherwise."""
         groups, out, columns = matrices.shape
         shapes = ((groups, columns, columns), (groups, out, columns), (groups, columns), (groups, out), ())
-        return cls(*(matrices.new_zeros(shape, dtype=torch.float64) for shape in shapes))
+        return cls(*(matrices.new_zeros(shape, dtype=dtype) for shape in shapes))
 
     def add(self, other: Moments) -> None:
         """Add the rows of ``other``."""
@@ -90,36 +90,40 @@ class Moments:
         self.outputs += y.sum(1)
         self.count += x.shape[1] if factors is None else factors.double().sum()
 
-    def with_targets_of(self, map: Affine) -> Moments:
-        """The same inputs, with what ``map`` makes of them as targets. The Gram matrix must be whole."""
-        matrices, shift = map.matrices.double(), map.shift
-        product, outputs = matrices @ self.gram, (matrices @ self.inputs.unsqueeze(-1)).squeeze(-1)
+    def with_targets_of(self, matrices: Tensor, shift: Tensor | None) -> Moments:
+        """The same inputs, with W x + b as targets: ``matrices`` W [groups, out, in] and ``shift`` b [groups · out].
+        The Gram matrix must be whole."""
+        product = ops.gram_accumulate_(torch.zeros_like(self.product), matrices.mT, other=self.gram)
+        outputs = (matrices @ self.inputs.unsqueeze(-1)).squeeze(-1)
         if shift is not None:
-            shift = shift.double().reshape(outputs.shape)
-            product = product + shift.unsqueeze(-1) * self.inputs.unsqueeze(-2)
-            outputs = outputs + shift * self.count
+            shift = shift.reshape(outputs.shape)
+            product += shift.unsqueeze(-1) * self.inputs.unsqueeze(-2)
+            outputs += shift * self.count
         return Moments(self.gram, product, self.inputs, outputs, self.count)
 
-    def fit(self, anchor: Tensor, ridge: float, *, shifted: bool) -> tuple[Tensor, Tensor | None]:
-        """argmin Σ ‖W x + b − y‖² + ridge · m · ‖W − anchor‖², m being the mean eigenvalue of x's Gram matrix.
+    def fit(self, ridge: float, *, shifted: bool, anchor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """argmin Σ ‖W x + b − y‖² + ridge · m · ‖W − anchor‖², m being the mean eigenvalue of x's Gram matrix, and the
+        anchor 0 if none is given.
 
         With ``shifted`` the shift b is free, and the Gram matrix that of x less its mean; without it, b = 0.
 
         Returns: W [groups, out, in] in float64, and b [groups, out] or None.
         """
         gram, product = self._centred() if shifted else (self.gram, self.product)
-        least = _RESOLUTION * _mean_eigenvalue(self.gram)
+        least = RESOLUTION * _mean_eigenvalue(self.gram)
         scale = torch.maximum(_mean_eigenvalue(gram), least)
         scale = torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
-        solution = ops.layer_solve(gram / scale, product / scale, filter="ridge", ridge=ridge, anchor=anchor.double())
+        solution = ops.layer_solve(gram / scale, product / scale, filter="ridge", ridge=ridge, anchor=anchor)
         return solution.T, self.shift_of(solution.T) if shifted else None
 
     def gains(self, weight: Tensor, ridge: float) -> Tensor:
         """argmin for each output of Σ (g (W x) + b − y)² with b free and a ridge that holds on to g = 1, a part of the
         variance of W x: [groups, out]."""
-        gram, product = self._centred()
-        variance, covariance = ((weight @ gram) * weight).sum(-1), (weight * product).sum(-1)
-        usable = variance > _RESOLUTION * ((weight @ self.gram) * weight).sum(-1)
+        means = (weight @ self.inputs.unsqueeze(-1)).squeeze(-1)
+        squares = ((weight @ self.gram) * weight).sum(-1)
+        variance = squares - means.square() / self.count
+        covariance = (weight * self.product).sum(-1) - means * self.outputs / self.count
+        usable = variance > RESOLUTION * squares
         return torch.where(usable, (covariance / variance + ridge) / (1 + ridge), 1)
 
     def shift_of(self, weight: Tensor) -> Tensor:
@@ -143,9 +147,7 @@ def _by_groups(x: Tensor, groups: int) -> Tensor:
 
 def _taps(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     """For every element of the kernel, what it meets of x at all positions: [N, C, *outputs]."""
-    outputs = geometry.outputs(x.shape[2:])
-    sides = [side for pair in reversed(geometry.padding) for side in pair]
-    x = F.pad(x, sides) if any(sides) else x
+    outputs, x = geometry.outputs(x.shape[2:]), padded(x, geometry)
     for offsets in itertools.product(*map(range, geometry.kernel_size)):
         starts = [offset * spread for offset, spread in zip(offsets, geometry.dilation, strict=True)]
         spans = zip(starts, outputs, geometry.stride, strict=True)

@@ -191,11 +191,11 @@ class _SequentialMerge:
             self._store(self._shifts[flow.norm.name], summand + scale * held)
             self._solved_norms.add(flow.norm.name)
 
-    def _lacking(self, layer: Layer, place: int, scale: Tensor | float) -> Tensor | float:
+    def _lacking(self, layer: Layer, place: int, scale: Tensor | float) -> Tensor | None:
         """What the residual connection around ``layer`` carries less of in the merged model than in the expert's, for
-        batch number ``place``, before the factor ``scale`` of a BatchNorm."""
+        batch number ``place``, before the factor ``scale`` of a BatchNorm; None where it carries nothing."""
         if layer.name not in self._skips or self._skips[layer.name][place] is None:
-            return 0.0
+            return None
         own, now = self._skips[layer.name][place]
         lacking = own - now
         if isinstance(self._merged.get_submodule(layer.module), CHANNEL_NORMS):
@@ -243,13 +243,15 @@ class _Call:
         return None
 
 
-def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | float) -> None:
+def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | None) -> None:
     """Add the rows of one batch. Where expert and merged model do not see the same rows (a mixture of experts sends
     tokens elsewhere), what the expert makes of the merged model's is the target."""
     x = call.now.features().to(own.weight.dtype)
     own_x = call.own.features().to(x) if call.inputs() else x
     geometry = call.now.view if own.layer.kind == "conv" else None
-    y = own(own_x, geometry) + lacking
+    y = own(own_x, geometry)
+    if lacking is not None:
+        y += lacking
     if own.layer.kind == "conv":
         moments.add_patches(x, y, geometry)
     elif own.layer.kind == "scale":

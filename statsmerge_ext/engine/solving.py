@@ -12,8 +12,8 @@ from statsmerge_ext.engine.problem import MergeProblem
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.layers import Layer
 
-# Features are float32 whatever their Gram matrix is.
-_RESOLUTION = torch.finfo(torch.float32).eps
+#: Features are float32 whatever their Gram matrix is: what is smaller than this part of the rest is rounding.
+RESOLUTION = torch.finfo(torch.float32).eps
 
 
 class LayerSolver:
@@ -40,7 +40,7 @@ class LayerSolver:
         shrink_product: Callable[[Layer, Tensor], Tensor] = lambda layer, product: product,
     ) -> None:
         if rcond is None:
-            rcond = _RESOLUTION
+            rcond = RESOLUTION
         elif ridge > 0:
             raise MethodError(f"rcond: expected None with a ridge, got {rcond}; pass ridge=0 for the pseudo-inverse")
         if not 0 <= ridge < float("inf"):
@@ -48,7 +48,7 @@ class LayerSolver:
         self._evidence = problem.evidence
         self._shrink, self._shrink_product = shrink, shrink_product
         # The rounding of float32 sums stays well below this part of the largest eigenvalue, and the ridge above it.
-        self._cut_off = _RESOLUTION / 8 if ridge > 0 else rcond
+        self._cut_off = RESOLUTION / 8 if ridge > 0 else rcond
         self._ridge = ridge
         self._members: dict[str, list[Layer]] = {}
         for layer in problem.layers:

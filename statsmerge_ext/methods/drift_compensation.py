@@ -42,15 +42,15 @@ def drift_compensation(
 
     def fit(evidence: LayerEvidence) -> tuple[Tensor, Tensor | None]:
         base, shifted = evidence.base.matrices, evidence.shifted
-        total = Moments.zeros_like(base)
+        total = Moments.zeros_like(base, torch.float64)
         product, outputs = torch.zeros_like(total.product), torch.zeros_like(total.outputs)
         for expert in evidence.experts:
             total.add(expert.moments)
-            on_merged = expert.moments.with_targets_of(expert.map)
-            product += on_merged.product
-            outputs += on_merged.outputs
-        anchor, _ = replace(total, product=product, outputs=outputs).fit(base, ridge, shifted=shifted)
-        matrices, shift = total.fit(anchor, drift_ridge, shifted=shifted)
+            agreeing = expert.moments.with_targets_of(expert.map.matrices - base, expert.map.shift)
+            product += agreeing.product
+            outputs += agreeing.outputs
+        moved, _ = replace(total, product=product, outputs=outputs).fit(ridge, shifted=shifted)
+        matrices, shift = total.fit(drift_ridge, shifted=shifted, anchor=base + moved)
         if evidence.layer.kind != "scale":
             matrices = base + scaling_factor * (matrices - base)
             if evidence.normed:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.sequential import LayerEvidence, merge_in_execution_order
+from statsmerge_ext.engine.solving import RESOLUTION
 from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.regmean import check_ratio, shrunken
 
@@ -32,10 +32,10 @@ def regmean_plus_plus(problem: MergeProblem, *, reduce_non_diagonal_ratio: float
         base = evidence.base.matrices.double()
         gram = product = 0.0
         for expert in evidence.experts:
-            shrunk = shrunken(expert.moments.gram, reduce_non_diagonal_ratio)
+            shrunk = shrunken(expert.moments.gram.double(), reduce_non_diagonal_ratio)
             gram = gram + shrunk
             product = product + (expert.map.matrices - base) @ shrunk
         # It is solved for the task vectors, which is the same: W_0 cancels out of both sides.
-        return base + ops.layer_solve(gram, product, rcond=torch.finfo(torch.float32).eps).T, None
+        return base + ops.layer_solve(gram, product, rcond=RESOLUTION).T, None
 
     return merge_in_execution_order(problem, fit, joint=False)

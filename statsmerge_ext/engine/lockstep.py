@@ -1,9 +1,9 @@
 """Many forward passes through the same layers, side by side.
 
-Each pass runs in a thread of its own that is suspended whenever one of the watched layers is about to be called. Only
-one thread runs at a time, so that results do not depend on scheduling. Between two steps the weights of a layer may be
-changed in place: the passes that wait there, and all that comes after, see the new ones. A model of any module tree is
-thus gone through once, in execution order, with no more in memory than what the passes hold at one layer.
+Each pass runs in a thread of its own that is suspended whenever one of the watched layers is about to be called. Between
+two steps all of them wait, and the weights of a layer may be changed in place: what comes after sees the new ones. A
+model of any module tree is thus gone through once, in execution order, with no more in memory than what the passes hold
+at one layer. Passes share nothing that they write to, so results do not depend on scheduling.
 """
 
 from __future__ import annotations
@@ -59,18 +59,33 @@ def lockstep(
         _Pass(sharing_copy(model) if uses[id(model)] > 1 else model, layers, forward, batch) for model, batch in passes
     ]
     try:
-        for each in running:
-            each.advance()
+        _advance(running)
         while waiting := [each.observation.layers for each in running if each.observation]:
             now = min(waiting, key=lambda at: places[at[0].name])
             arrived = [each for each in running if each.observation and each.observation.layers == now]
             yield Step(now, [each.observation if each in arrived else None for each in running])
-            for each in arrived:
-                each.advance()
+            _advance(arrived)
     finally:
         for each in running:
             each.give_up()
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _advance(passes: list[_Pass]) -> None:
+    """Let ``passes`` go on to their next observations or ends, as many at a time as torch has threads, each with its
+    share of them. Raises what a forward pass raises."""
+    threads = torch.get_num_threads()
+    together = min(threads, len(passes))
+    torch.set_num_threads(threads // together)
+    try:
+        for place, each in enumerate(passes):
+            if place >= together:
+                passes[place - together].wait()
+            each.go_on()
+        for each in passes[-together:]:
+            each.wait()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _GivenUp(BaseException):
@@ -84,16 +99,17 @@ class _Pass:
         self.observation: Observation | None = None
         self._error: BaseException | None = None
         self._abandoned = False
-        self._go, self._paused = threading.Lock(), threading.Lock()  # each released by one side and taken by the other
-        self._go.acquire()
-        self._paused.acquire()
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(model, layers, forward, batch), daemon=True)
         self._thread.start()
 
-    def advance(self) -> None:
-        """Go on to the next observation, or to the end. Raises what the forward pass raises."""
+    def go_on(self) -> None:
+        """Go on to the next observation, or to the end."""
         self.observation = None
         self._go.release()
+
+    def wait(self) -> None:
+        """Wait until it is there. Raises what the forward pass raises."""
         self._paused.acquire()
         if self._error:
             raise self._error

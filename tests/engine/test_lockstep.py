@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -34,11 +35,12 @@ def test_all_passes_stop_at_every_layer_with_their_own_inputs():
 
 def test_a_weight_changed_between_steps_is_seen_by_the_passes_that_wait():
     model, x = network(), torch.randn(3, 4)
-    outputs = []
-    for step in lockstep([(model, x), (model, 2 * x)], find_layers(model), lambda m, b: outputs.append(m(b))):
+    outputs = {}
+    passes = [(model, x), (model, 2 * x[:2])]
+    for step in lockstep(passes, find_layers(model), lambda m, b: outputs.update({len(b): m(b)})):
         with torch.no_grad():
             model.get_parameter(step.layers[0].parameter).mul_(2)
-    assert torch.equal(outputs[0], model(x)) and torch.equal(outputs[1], model(2 * x))
+    assert torch.equal(outputs[3], model(x)) and torch.equal(outputs[2], model(2 * x[:2]))
 
 
 def test_passes_at_different_layers_go_on_in_the_order_of_the_layers():
@@ -57,6 +59,28 @@ def test_passes_at_different_layers_go_on_in_the_order_of_the_layers():
         ("b.weight", [True, False]),
         ("c.weight", [True, True]),
     ]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_no_more_passes_run_at_a_time_than_there_are_threads(threads):
+    before, running, most = torch.get_num_threads(), set(), []
+
+    def forward(model, x):
+        for layer in model:  # a pass that waits at a layer has left the set
+            running.add(len(x))
+            most.append((len(running), torch.get_num_threads()))
+            time.sleep(0.005)
+            running.discard(len(x))
+            x = layer(x)
+
+    try:
+        torch.set_num_threads(threads)
+        run([(network(), torch.ones(rows, 4)) for rows in (1, 2, 3)], find_layers(network()), forward)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert max(count for count, _ in most) <= min(threads, 3)
+    assert {share for _, share in most} == {max(1, threads // 3)}
 
 
 def test_an_error_in_a_pass_is_raised_and_no_thread_is_left():

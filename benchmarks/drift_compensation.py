@@ -28,6 +28,7 @@ SETTINGS = [
     ("drift_compensation", {"scaling_factor": 1.5}),
     ("lot", {"scaling_factor": 1.5}),
     ("regmean_plus_plus", {"reduce_non_diagonal_ratio": 1.0}),
+    ("featcal", {"anchor_scale": 0.66}),
 ]
 PATH = RESULTS / "drift_compensation.json"
 
@@ -45,18 +46,20 @@ def main() -> None:
     models = load_models(suite)
     base = statistics.fmean(evaluate_model(models[0], suite, "validation").values())
     experts = statistics.fmean(evaluate_experts(suite, "validation").values())
-    for entry, setting in SETTINGS if options.setting is None else [SETTINGS[i] for i in options.setting]:
-        recovered, seconds = [], []
-        for seed in range(options.seeds):
-            calibration = calibration_of(suite, options.samples, seed)
+    settings = SETTINGS if options.setting is None else [SETTINGS[i] for i in options.setting]
+    recovered, seconds = [[] for _ in settings], [[] for _ in settings]
+    for seed in range(options.seeds):  # settings in turn, so that all of them see the same machine
+        calibration = calibration_of(suite, options.samples, seed)
+        for place, (entry, setting) in enumerate(settings):
             start = time.perf_counter()
             merged = merge_suite(suite, entry, models, calibration, hyperparameters=setting).model
-            seconds.append(round(time.perf_counter() - start, 2))
+            seconds[place].append(round(time.perf_counter() - start, 2))
             average = statistics.fmean(evaluate_model(merged, suite, "validation").values())
-            recovered.append(round((average - base) / (experts - base), 4))
+            recovered[place].append(round((average - base) / (experts - base), 4))
+    for (entry, setting), shares, times in zip(settings, recovered, seconds, strict=True):
         label = ", ".join(f"{name}={value:g}" for name, value in setting.items())
-        print(f"{options.suite}, {options.samples} samples, {entry} ({label}): {recovered}, {seconds} s", flush=True)
-        note(f"{options.suite}, {options.samples} samples, {entry} ({label})", recovered, seconds)
+        print(f"{options.suite}, {options.samples} samples, {entry} ({label}): {shares}, {times} s", flush=True)
+        note(f"{options.suite}, {options.samples} samples, {entry} ({label})", shares, times)
 
 
 def note(key: str, recovered: list[float], seconds: list[float]) -> None:

@@ -1,9 +1,9 @@
 """Many forward passes through the same layers, side by side.
 
-Each pass runs in a thread of its own that is suspended whenever one of the watched layers is about to be called. Between
-two steps all of them wait, and the weights of a layer may be changed in place: what comes after sees the new ones. A
-model of any module tree is thus gone through once, in execution order, with no more in memory than what the passes hold
-at one layer. Passes share nothing that they write to, so results do not depend on scheduling.
+Each pass runs in a thread of its own that is suspended whenever one of the watched layers is about to be called.
+Between two steps all of them wait, and the weights of a layer may be changed in place: what comes after sees the new
+ones. A model of any module tree is thus gone through once, in execution order, with no more in memory than what the
+passes hold at one layer. Passes share nothing that they write to, so results do not depend on scheduling.
 """
 
 from __future__ import annotations

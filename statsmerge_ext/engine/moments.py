@@ -39,7 +39,7 @@ class Moments:
 
     @classmethod
     def zeros_like(cls, matrices: Tensor, dtype: torch.dtype | None = None) -> Moments:
-        """No rows yet, for a layer with weights ``matrices`` [groups, out, in]; in their dtype unless told otherwise."""
+        """No rows yet, for a layer with weights ``matrices`` [groups, out, in]; in their dtype or ``dtype``."""
         groups, out, columns = matrices.shape
         shapes = ((groups, columns, columns), (groups, out, columns), (groups, columns), (groups, out), ())
         return cls(*(matrices.new_zeros(shape, dtype=dtype) for shape in shapes))

@@ -70,28 +70,30 @@ class LayerEvidence:
 Fit = Callable[[LayerEvidence], tuple[Tensor, Tensor | None] | None]
 
 
-def merge_in_execution_order(problem: MergeProblem, fit: Fit, *, joint: bool = True) -> Solution:
+def merge_in_execution_order(
+    problem: MergeProblem, fit: Fit, *, shifts: bool = True, surroundings: bool = True
+) -> Solution:
     """Merge by solving each layer with ``fit``, once all layers before it are merged.
 
     Linear layers, convolutions and the scales of norms are solved together with their biases. A BatchNorm with frozen
     statistics is one affine map with the layer before it, and a residual connection one target; both are found by
-    :func:`~statsmerge_ext.engine.dataflow.trace_dataflow`. Without ``joint`` each weight is solved by itself, and
-    biases are the mean. Embeddings are means of the experts' rows weighted by token counts. All else starts and stays
-    as the experts' mean: layers that are never called, bare parameters, the statistics of BatchNorm. Up to the first
-    layer that some expert changed, everything is the base's own.
+    :func:`~statsmerge_ext.engine.dataflow.trace_dataflow`. Without ``surroundings`` each layer is solved by itself,
+    without ``shifts`` even each weight, and biases are the mean. Embeddings are means of the experts' rows weighted by
+    token counts. All else starts and stays as the experts' mean: layers that are never called, bare parameters, the
+    statistics of BatchNorm. Up to the first layer that some expert changed, everything is the base's own.
 
     A layer that is called several times in a forward pass is solved at each call from the sums over all calls so far:
     what comes after a call sees what was known then, and the last solution stands.
 
     Raises what the forward passes raise.
     """
-    return _SequentialMerge(problem, fit, joint).run()
+    return _SequentialMerge(problem, fit, shifts, surroundings).run()
 
 
 class _SequentialMerge:
-    def __init__(self, problem: MergeProblem, fit: Fit, joint: bool) -> None:
+    def __init__(self, problem: MergeProblem, fit: Fit, shifts: bool, surroundings: bool) -> None:
         self._problem, self._fit = problem, fit
-        self._shifts = shifts_of(problem.layers) if joint else {}
+        self._shifts = shifts_of(problem.layers) if shifts else {}
         self._batches: list[tuple[str, Batch]] = [
             (name, join([batches[place] for place in places]))
             for name, batches in problem.batches.items()
@@ -105,7 +107,7 @@ class _SequentialMerge:
         self._merged = model
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._flows = trace_dataflow(model, problem.layers, problem.forward, _one_sample(self._batches[0][1]))
-        if not joint:
+        if not (shifts and surroundings):
             self._flows = {name: replace(flow, norm=None, skip=None) for name, flow in self._flows.items()}
         self._skips: dict[str, list] = {}  # layer -> what its residual connection carries, a pair a batch
         self._sums: dict[tuple[str, str], Moments] = {}  # of layers that are called again, and experts

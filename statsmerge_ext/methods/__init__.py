@@ -1,16 +1,20 @@
 """Merging methods: one file a method, each a registered function of the same shape."""
 
 from statsmerge_ext.methods import (  # importing a method's module registers it
+    ace,
     adamerging,
     dare,
     drift_compensation,
+    featcal,
     iso_c,
+    iso_cts,
     layer_wise_anchor,
     linear,
     lot,
     regmean,
     regmean_plus_plus,
     stats_merging,
+    swudi,
     task_arithmetic,
     ties,
     tsv_m,
@@ -20,11 +24,14 @@ from statsmerge_ext.methods.registry import Method, get_method, list_methods, re
 
 __all__ = [
     "Method",
+    "ace",
     "adamerging",
     "dare",
     "drift_compensation",
+    "featcal",
     "get_method",
     "iso_c",
+    "iso_cts",
     "linear",
     "list_methods",
     "layer_wise_anchor",
@@ -33,6 +40,7 @@ __all__ = [
     "regmean",
     "regmean_plus_plus",
     "stats_merging",
+    "swudi",
     "task_arithmetic",
     "ties",
     "tsv_m",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ def map_matrices(problem: MergeProblem, merge: Callable[[list[Tensor]], Tensor],
         return base + scaling_factor * layer.from_matrices(merged, base.shape).to(base.dtype)
 
     return problem.map_layers(merge_layer)
+
+
+def orthogonalised(left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor]) -> Tensor:
+    """U diag(``values``) V in float64, U and V being the orthonormal matrices nearest to all of ``left`` [groups, m, ·]
+    side by side and to all of ``right`` [groups, ·, n] below each other."""
+    return (polar_factor(torch.cat(left, -1)) * values.unsqueeze(-2)) @ polar_factor(torch.cat(right, -2))
 
 
 def polar_factor(matrices: Tensor) -> Tensor:

@@ -38,4 +38,4 @@ def regmean_plus_plus(problem: MergeProblem, *, reduce_non_diagonal_ratio: float
         # It is solved for the task vectors, which is the same: W_0 cancels out of both sides.
         return base + ops.layer_solve(gram, product, rcond=RESOLUTION).T, None
 
-    return merge_in_execution_order(problem, fit, joint=False)
+    return merge_in_execution_order(problem, fit, shifts=False, surroundings=False)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.methods.matrices import map_matrices, polar_factor
+from statsmerge_ext.methods.matrices import map_matrices, orthogonalised
 from statsmerge_ext.methods.registry import register_method
 
 
@@ -28,9 +28,7 @@ def tsv_m(problem: MergeProblem, *, scaling_factor: float = 1.0) -> Solution:
             return torch.stack(task_vectors).mean(0)
         decomposed = ops.topk_svd(torch.cat(task_vectors), rank, vectors=True)
         groups = len(task_vectors[0])
-        left = torch.cat(decomposed.U.split(groups), -1)
-        right = torch.cat(decomposed.Vh.split(groups), -2)
-        values = torch.cat(decomposed.S.split(groups), -1).double()
-        return (polar_factor(left) * values.unsqueeze(-2)) @ polar_factor(right)
+        left, values, right = (part.split(groups) for part in (decomposed.U, decomposed.S, decomposed.Vh))
+        return orthogonalised(left, torch.cat(values, -1).double(), right)
 
     return map_matrices(problem, merge, scaling_factor)

@@ -32,17 +32,24 @@ def wudi(problem: MergeProblem, *, scaling_factor: float = 1.0, ridge: float = 1
         raise MethodError(f"ridge: expected a number above 0, got {ridge}")
 
     def merge(task_vectors: list[Tensor]) -> Tensor:
-        groups, _, columns = task_vectors[0].shape
-        gram = task_vectors[0].new_zeros(groups, columns, columns, dtype=torch.float64)
-        product = torch.zeros_like(task_vectors[0], dtype=torch.float64)
-        for task_vector in task_vectors:
-            if task_vector.any():
-                unit = task_vector / task_vector.norm()
-                own = ops.symmetrize_(ops.gram_accumulate_(torch.zeros_like(gram), unit))
-                ops.gram_accumulate_(product, task_vector.mT.contiguous(), other=own)
-                gram += own
+        gram, product = interference(task_vectors)
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         mean = torch.where(mean > 0, mean, 1)
         return ops.layer_solve(gram / mean, product / mean, filter="ridge", ridge=ridge).T
 
     return map_matrices(problem, merge, scaling_factor)
+
+
+def interference(task_vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """C = Σ τ_kᵀ τ_k / ‖τ_k‖² and D = Σ τ_k τ_kᵀ τ_k / ‖τ_k‖² in float64, of matrices [groups, out, in]; ‖τ_k‖ is that
+    of all groups together."""
+    groups, _, columns = task_vectors[0].shape
+    gram = task_vectors[0].new_zeros(groups, columns, columns, dtype=torch.float64)
+    product = torch.zeros_like(task_vectors[0], dtype=torch.float64)
+    for task_vector in task_vectors:
+        if task_vector.any():
+            unit = task_vector / task_vector.norm()
+            own = ops.symmetrize_(ops.gram_accumulate_(torch.zeros_like(gram), unit))
+            ops.gram_accumulate_(product, task_vector.mT.contiguous(), other=own)
+            gram += own
+    return gram, product

@@ -312,7 +312,7 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
   // A pivot is no less than the smallest eigenvalue, a diagonal entry no more than the largest.
   double largest_entry = 0;
   for (int64_t i = 0; i < n; ++i) largest_entry = std::max(largest_entry, matrix.row(i)[i]);
-  if (cholesky(matrix, rcond * largest_entry)) {
+  if (cholesky(matrix, kSafely * rcond * largest_entry)) {
     auto inverse = std::make_unique<PositiveDefinite>(std::move(work), n);
     if (kSafely * rcond * inverse->spectrum.condition <= 1) return inverse;
     work = inverse->release();

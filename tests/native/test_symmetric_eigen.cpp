@@ -52,6 +52,19 @@ NATIVE_TEST(eigenpairs_of_constant_matrices) {
   }
 }
 
+// A cluster of zeros, as rounding leaves it: tiny entries of every size, the smallest ones first.
+NATIVE_TEST(eigenpairs_of_what_rounding_leaves) {
+  const int64_t n = 120;
+  const auto noise = normal(2 * n, 5);
+  std::vector<double> a(n * n, 0.0);
+  for (int64_t i = 0; i < n; ++i) {
+    const double size = i < 3 ? 1 : std::pow(10.0, -32 + 15.0 * static_cast<double>(i) / n);
+    a[i * n + i] = size * noise[i];
+    if (i > 0) a[i * n + i - 1] = a[(i - 1) * n + i] = (i < 3 ? 1 : 1e-3 * size) * noise[n + i];
+  }
+  check_eigen(a, n, 1);
+}
+
 NATIVE_TEST(eigenpairs_of_special_matrices) {
   const int64_t n = 12;
   std::vector<double> zero(n * n, 0.0), identity = zero, ones(n * n, 1.0), tiny = symmetric(n, 4), huge = tiny;

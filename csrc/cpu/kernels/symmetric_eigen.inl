@@ -14,6 +14,9 @@ STATSMERGE_INLINE void add_multiple(double factor, const double* x, double* y, i
 
 // Beside entries of about 1. The squares of what is smaller would leave the range.
 constexpr double kNegligible = 0x1p-500;
+// An off-diagonal entry of the tridiagonal matrix that the rounding of its neighbours in the reduction hides. Among many
+// eigenvalues of zero all that is left is rounding, of any size, which need not converge.
+constexpr double kHidden = 0x1p-56;
 
 // a becomes tridiagonal with diagonal d and subdiagonal e. Row k of a becomes the vector v of the reflection
 // 1 − beta[k] v vᵀ; `p` is a row of zeros to work in.
@@ -69,7 +72,7 @@ bool implicit_ql(int64_t n, double* d, double* e, double* z, int64_t width) {
       int64_t m = l;
       for (; m < n - 1; ++m) {
         const double beside = 0x1p-52 * (__builtin_fabs(d[m]) + __builtin_fabs(d[m + 1]));
-        if (__builtin_fabs(e[m]) <= (beside > kNegligible ? beside : kNegligible)) break;
+        if (__builtin_fabs(e[m]) <= (beside > kHidden ? beside : kHidden)) break;
       }
       if (m == l) break;
       if (iteration == 100) return false;

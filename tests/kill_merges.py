@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from statsmerge_ext import run_merge, streamed
+from statsmerge_ext import output, run_merge
 from statsmerge_ext.engine import streaming
 
 #: What changes files; a process that kills itself does so just before one of these.
@@ -66,7 +66,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def main(recipe: Path, directory: Path, kills: int) -> dict:
-    streamed._SECONDS_BETWEEN_SAVES = 0.0
+    output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     moments = random.Random(0)
     began = time.perf_counter()

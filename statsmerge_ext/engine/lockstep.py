@@ -87,8 +87,8 @@ class Pass:
 
     Args:
         model, batch: what is run by ``forward(model, batch)``, without gradients.
-        watch: ``watch(model, suspend)`` is the context of the whole pass; what it installs calls ``suspend(place)`` from
-            the pass's thread to stop there, or raises :class:`GivenUp` to end the pass.
+        watch: ``watch(model, suspend)`` is the context of the whole pass; what it installs calls ``suspend(place)``
+            from the pass's thread to stop there, or raises :class:`GivenUp` to end the pass.
 
     Attributes:
         at: the place where it is suspended; None before its beginning and after its end.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -232,10 +232,7 @@ def solve(
         problem.journal = Journal(journal, _identity(problem, chosen.name, hyperparameters))
     solution = chosen(problem, **hyperparameters)
     facts = facts_for_report(chosen, hyperparameters, list(states), buffers, seed)
-    seen = None
-    if "grams" in chosen.needs:
-        seen = [*evidence.products, *evidence.weights]
-    facts["layers"] = layer_report(layers, seen)
+    facts["layers"] = layer_report(layers, evidence.seen if "grams" in chosen.needs else None)
     return Solved(problem, solution, facts, start, collected)
 
 
@@ -317,7 +314,7 @@ def _complete(problem: MergeProblem, solution: Solution, buffers: str) -> dict[s
     return {key: merged[key] if key in merged else rest[key] for key in problem.base}
 
 
-def layer_report(layers: list[Layer], seen: Iterable[str] | None) -> dict:
+def layer_report(layers: list[Layer], seen: Container[str] | None) -> dict:
     """What became of each kind of layer, JSON-able.
 
     ``seen`` are the names of the layers that evidence was collected of; None where none was needed.
@@ -327,7 +324,6 @@ def layer_report(layers: list[Layer], seen: Iterable[str] | None) -> dict:
         kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
     report = {"kinds": kinds, "bare_parameters": [x.name for x in layers if x.kind == "other"]}
     if seen is not None:
-        seen = set(seen)
         report["never_called"] = [layer.name for layer in layers if layer.source and layer.name not in seen]
         report["tied"] = {x.name: list(x.tied) for x in layers if x.tied}
     return report

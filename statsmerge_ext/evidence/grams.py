@@ -55,9 +55,10 @@ class GramEvidence:
 
     _TENSORS: ClassVar = ("grams", "products", "diagonals", "weights")
 
-    def has(self, layer: Layer) -> bool:
-        """Whether ``layer`` was seen at all: a module that was never called has no evidence."""
-        return layer.name in self.products or layer.name in self.weights
+    @property
+    def seen(self) -> set[str]:
+        """The names of the layers that there is evidence of: a module that was never called has none."""
+        return {*self.products, *self.weights}
 
     def shallow_copy(self) -> GramEvidence:
         """The same sums, which whoever holds the copy can drop one by one."""

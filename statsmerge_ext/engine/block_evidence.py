@@ -1,0 +1,164 @@
+"""Gram evidence block by block, for models larger than memory.
+
+The experts' forward passes go through the model's own code side by side. Wherever they are about to call a block, the
+experts' weights of it are loaded in turn: each expert's passes go on to the next block, and Gram sums of this one are
+taken on the way. What is carried from block to block is what the passes themselves hold, so that masks, positions and
+residuals are the model's own affair.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from statsmerge_ext.calibration import Batch
+from statsmerge_ext.checkpoints import check_finite
+from statsmerge_ext.checkpoints.compatibility import has_runs, run_of, shape_of
+from statsmerge_ext.engine.blocks import Block, BlockModel
+from statsmerge_ext.engine.carried import CarriedStates
+from statsmerge_ext.engine.lockstep import Pass
+from statsmerge_ext.engine.together import samples
+from statsmerge_ext.errors import CalibrationError
+from statsmerge_ext.evidence import GramEvidence
+from statsmerge_ext.evidence.grams import Collector, add_expert
+from statsmerge_ext.evidence.observe import Observation, observe
+
+
+class BlockSweep:
+    """One sweep of all experts' calibration samples through a model.
+
+    Args:
+        model: the architecture.
+        calls: the blocks in the order of their calls, as rehearsed.
+        base, experts: under the model's names; lazy.
+        sources: how error messages call the base and each expert.
+        batches: expert -> unlabelled batches.
+        carried: where hidden states are between two blocks.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        calls: list[Block],
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        sources: Mapping[str, str],
+        batches: Mapping[str, list[Batch]],
+        carried: CarriedStates,
+    ) -> None:
+        self._model, self._calls, self._carried = model, calls, carried
+        self._base, self._experts, self._sources = base, experts, sources
+        self._batches = [(name, batch) for name in experts for batch in batches[name]]
+        self._receive: Callable[[Observation], None] = _ignore
+        last = calls[-1]
+        #: A block whose own output nobody needs.
+        self._end = last if last.is_leaf and calls.count(last) == 1 else None
+
+    def evidence(self, *, without: Container[str] = ()) -> Iterator[tuple[Block, GramEvidence]]:
+        """(block, its evidence) for every block, those that are never called at the end.
+
+        Blocks whose paths are in ``without`` are gone through, but nothing is summed there.
+
+        Raises:
+            CalibrationError: what :func:`~statsmerge_ext.evidence.collect_grams` raises; or a sample makes the model
+                call its blocks in another order than the one of the rehearsal.
+            CheckpointError: weights hold NaN or infinity.
+        """
+        left = Counter(block.path for block in self._calls)
+        called = set(left)
+        opened: dict[str, GramEvidence] = {}
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
+        passes = [self._model.run(batch, self._watching, self._end) for _, batch in self._batches]
+        try:
+            self._go_on(self._model.resident, passes, None)
+            for block in self._calls:
+                self._check_arrived(block, passes)
+                evidence = opened.setdefault(block.path, GramEvidence(list(self._experts)))
+                self._go_on(block, passes, None if block.path in without else evidence)
+                left[block.path] -= 1
+                if not left[block.path]:
+                    yield block, opened.pop(block.path)
+            self._check_arrived(None, passes)
+        finally:
+            for each in passes:
+                each.give_up()
+            self._carried.forget()
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+        for block in (*self._model.blocks, self._model.resident):
+            if block.path not in called:
+                yield block, GramEvidence(list(self._experts))
+
+    def _go_on(self, block: Block, passes: list[Pass], evidence: GramEvidence | None) -> None:
+        """Take all passes through ``block`` to the next one; their inputs in it are added to ``evidence``."""
+        base = _Read(self._base)
+        for k, (name, state) in enumerate(self._experts.items()):
+            expert = {key: self._finite(name, key, state) for key in (*self._model.resident.keys, *block.keys)}
+            collector = None
+            if evidence is not None:
+                collector = Collector(evidence.leaders, self._model.shapes, torch.float32, share_inputs=True)
+                collector.start_expert()
+            with self._model.loaded(expert):
+                for place, (of_expert, batch) in enumerate(self._batches):
+                    if of_expert == name:
+                        self._advance(place, passes[place], batch, collector)
+            if collector is not None:
+                add_expert(evidence, collector, list(block.layers), base, expert, k)
+
+    def _advance(self, place: int, each: Pass, batch: Batch, collector: Collector | None) -> None:
+        if collector is not None:
+            collector.start_batch(batch)
+            self._receive = collector.receive
+        try:
+            self._carried.resume(place)
+            each.advance()
+        finally:
+            self._receive = _ignore
+        if each.at:
+            _, arguments = each.at
+            self._carried.suspend(place, arguments, samples(batch))
+
+    def _finite(self, name: str, key: str, state: Mapping[str, Tensor]) -> Tensor:
+        return check_finite(key, _Read(state)[key], self._sources[name])
+
+    def _check_arrived(self, block: Block | None, passes: list[Pass]) -> None:
+        for (name, _), each in zip(self._batches, passes, strict=True):
+            if (each.at and each.at[0]) != block:
+                came, expected = (at.path if at else "the end" for at in (each.at and each.at[0], block))
+                raise CalibrationError(
+                    f"calibration for {name!r}: the model comes to {came!r} where {expected!r} was expected: its graph "
+                    "depends on its data, which statsmerge_ext.merge can deal with, in memory"
+                )
+
+    @contextmanager
+    def _watching(self, model: nn.Module) -> Iterator[None]:
+        """The context of every pass: whatever a layer sees goes to the collector of the moment."""
+        with observe(model, self._model.layers, lambda observation: self._receive(observation)):
+            yield
+
+
+class _Read(Mapping[str, Tensor]):
+    """A state whose tensors are read to memory of their own whenever they are asked for, rather than mapped."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def __getitem__(self, key: str) -> Tensor:
+        if not has_runs(self._state, key):
+            return self._state[key]
+        shape = shape_of(self._state, key)
+        return run_of(self._state, key, 0, shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def _ignore(observation: Observation) -> None:
+    pass

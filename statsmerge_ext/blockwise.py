@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from statsmerge_ext.calibration import Batch
 from statsmerge_ext.checkpoints import Checkpoint, check_compatible
-from statsmerge_ext.checkpoints.compatibility import Renamed, shape_of
+from statsmerge_ext.checkpoints.compatibility import Renamed, dtype_of, floating_names, shape_of
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.skeleton import FileNames, build_skeleton
 from statsmerge_ext.engine import processes
@@ -25,6 +27,7 @@ from statsmerge_ext.engine.carried import CarriedStates
 from statsmerge_ext.engine.merging import default_forward, facts_for_report, layer_report
 from statsmerge_ext.engine.problem import MergedLayers, MergeProblem
 from statsmerge_ext.engine.streaming import DEFAULT_BUDGET
+from statsmerge_ext.engine.together import samples
 from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods import Method
@@ -127,6 +130,69 @@ class BlockMerge:
                 self._seconds["merge"] += clock - collected
                 bar.update()
 
+    def estimate(self, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
+        """What the merge will need, from merging one block of each kind for two experts beside ``out``.
+
+        The other blocks are gone through with weights of zero.
+
+        Args:
+            infos: name → shape and dtype of every tensor of the output.
+            out: where the output shall be.
+
+        Returns: "bytes_read" (of base and experts), "seconds", and "memory": the largest resident size, in bytes.
+
+        Raises as :meth:`write`.
+        """
+        blocks = (*self._model.blocks, self._model.resident)
+        first: dict[tuple, str] = {}
+        like = {block.path: first.setdefault(self._kind(block), block.path) for block in blocks}
+        experts = dict(list(self._experts.items())[:2])
+        sample = {name: self._batches[name][:1] for name in experts}
+        measured = [block for block in blocks if like[block.path] == block.path]
+        names = {name for block in measured for layer in block.layers for name in self._files.sources(layer.parameter)}
+        solving: dict[str, float] = {}
+        parent = next(parent for parent in out.absolute().parents if parent.exists())
+        with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
+            carried = CarriedStates(Path(directory), self._budget, self._model.tensors)
+            sweep = BlockSweep(self._model, self._calls, self._base, experts, self._sources, sample, carried)
+            file = resumable_output(
+                Path(directory) / "sample.safetensors",
+                {name: infos[name] for name in names},
+                {},
+                resume=False,
+                shard_bytes=None,
+            )
+            others = like.keys() - {block.path for block in measured}
+            with file as output, closing(sweep.evidence(without=others, hollow=True)) as evidence:
+                for block, of_block in evidence:
+                    began = time.perf_counter()
+                    if block.path not in others:
+                        self._write_block(block, of_block, output)
+                    solving[block.path] = time.perf_counter() - began
+        per_sample = _samples(self._batches) / _samples(sample)
+        per_expert = len(self._experts) / len(experts)
+
+        def seconds(path: str) -> float:
+            spent = sweep.seconds.get(path, {"experts": 0.0, "samples": 0.0})
+            return per_expert * spent["experts"] + per_sample * spent["samples"] + solving[path]
+
+        states = self._stored.values()
+        return {
+            "bytes_read": sum(
+                shape_of(state, name).numel() * dtype_of(state, name).itemsize
+                for state in states
+                for name in floating_names(state)
+            ),
+            "seconds": sum(seconds(like[block.path]) for block in blocks),
+            "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            + int(min(self._budget, per_sample * carried.most) - min(self._budget, carried.most)),
+        }
+
+    def _kind(self, block: Block) -> tuple:
+        """What blocks that take the same time have in common."""
+        shapes = [(key.removeprefix(block.path), self._model.shapes[key]) for key in block.keys]
+        return tuple(shapes), len(block.layers), block in self._calls
+
     def _write_block(self, block: Block, evidence: GramEvidence, output: ResumableOutput) -> None:
         problem = MergeProblem(
             layers=list(_in_rows(block.layers, evidence, self._base)),
@@ -199,6 +265,10 @@ def _merged(parameters: Mapping[str, Tensor], problem: MergeProblem) -> Iterator
     with closing(parameters.stream(parameters).results(parameters.merged)) as results:
         for piece, merged in results:
             yield piece.layer.parameter, piece.start(problem.base), merged
+
+
+def _samples(batches: Mapping[str, list[Batch]]) -> int:
+    return sum(samples(batch) for of_expert in batches.values() for batch in of_expert)
 
 
 def _in_rows(layers: Sequence[Layer], evidence: GramEvidence, base: Mapping[str, Tensor]) -> Iterator[Layer]:

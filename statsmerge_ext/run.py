@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from statsmerge_ext.checkpoints.writing import atomic_output, check_output, pars
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.merging import Solved, solve
 from statsmerge_ext.engine.problem import MergedLayers
-from statsmerge_ext.errors import CheckpointError
+from statsmerge_ext.errors import CalibrationError, CheckpointError, StatsMergeError
 from statsmerge_ext.methods import get_method
 from statsmerge_ext.model_card import REPORT, accompanying_files
 from statsmerge_ext.recipe import Recipe, load_recipe
@@ -123,7 +123,8 @@ def run_merge(
         of_model = {name: module_state(expert, model) for name, expert in experts.items()} if model else experts
         data = {"calibration": batches, "journal": journal} if model else {}
         start = base if model is None else model
-        merged = solve(recipe.method, base=start, experts=of_model, **data, **options, **recipe.hyperparameters)
+        with _as_calibration_error(why_not):
+            merged = solve(recipe.method, base=start, experts=of_model, **data, **options, **recipe.hyperparameters)
         write = write_streamed
     if blocks or (model is None and on_disk and isinstance(merged.solution.parameters, MergedLayers)):
         facts = _identity(recipe, base, experts, device, shard_bytes, options, batches)
@@ -173,6 +174,21 @@ def _block_merge(
         ), None
     except Exception as error:  # the model's own code is run, which may fail in any way there is
         return None, f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _as_calibration_error(failed_before: str | None) -> Iterator[None]:
+    """Where the model failed block by block and fails in memory, too, it is its input that it cannot be run on."""
+    try:
+        yield
+    except StatsMergeError:
+        raise
+    except Exception as error:
+        if failed_before is None:
+            raise
+        raise CalibrationError(
+            f"calibration: the model cannot be run on the samples: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 ``python kill_merges.py RECIPE DIRECTORY KILLS`` prints as JSON how many processes were killed, how many took up what
 another had left, and the outputs that differ from one that nobody disturbed. It forks instead of starting every process
-anew, so that hundreds of kills take seconds; nothing but standard modules and the package's import runs before a fork.
+anew, so that hundreds of kills take seconds; nothing but imports, also of what merges of models need, runs before a fork.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401
 
 from statsmerge_ext import output, run_merge
 from statsmerge_ext.engine import streaming

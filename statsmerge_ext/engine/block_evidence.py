@@ -8,6 +8,7 @@ residuals are the model's own affair.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,10 @@ class BlockSweep:
         sources: how error messages call the base and each expert.
         batches: expert -> unlabelled batches.
         carried: where hidden states are between two blocks.
+
+    Attributes:
+        seconds: path of a block -> seconds spent there on experts' weights and sums ("experts"), and on their samples
+            ("samples").
     """
 
     def __init__(
@@ -54,14 +59,16 @@ class BlockSweep:
         self._base, self._experts, self._sources = base, experts, sources
         self._batches = [(name, batch) for name in experts for batch in batches[name]]
         self._receive: Callable[[Observation], None] = _ignore
+        self.seconds: dict[str, dict[str, float]] = {}
         last = calls[-1]
         #: A block whose own output nobody needs.
         self._end = last if last.is_leaf and calls.count(last) == 1 else None
 
-    def evidence(self, *, without: Container[str] = ()) -> Iterator[tuple[Block, GramEvidence]]:
+    def evidence(self, *, without: Container[str] = (), hollow: bool = False) -> Iterator[tuple[Block, GramEvidence]]:
         """(block, its evidence) for every block, those that are never called at the end.
 
-        Blocks whose paths are in ``without`` are gone through, but nothing is summed there.
+        Blocks whose paths are in ``without`` are gone through, but nothing is summed there; if ``hollow``, with weights
+        of zero instead of the experts'.
 
         Raises:
             CalibrationError: what :func:`~statsmerge_ext.evidence.collect_grams` raises; or a sample makes the model
@@ -75,11 +82,12 @@ class BlockSweep:
         torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
         passes = [self._model.run(batch, self._watching, self._end) for _, batch in self._batches]
         try:
-            self._go_on(self._model.resident, passes, None)
+            self._go_on(self._model.resident, passes, None, hollow=False)
             for block in self._calls:
                 self._check_arrived(block, passes)
                 evidence = opened.setdefault(block.path, GramEvidence(list(self._experts)))
-                self._go_on(block, passes, None if block.path in without else evidence)
+                skipped = block.path in without
+                self._go_on(block, passes, None if skipped else evidence, hollow=skipped and hollow)
                 left[block.path] -= 1
                 if not left[block.path]:
                     yield block, opened.pop(block.path)
@@ -93,21 +101,27 @@ class BlockSweep:
             if block.path not in called:
                 yield block, GramEvidence(list(self._experts))
 
-    def _go_on(self, block: Block, passes: list[Pass], evidence: GramEvidence | None) -> None:
+    def _go_on(self, block: Block, passes: list[Pass], evidence: GramEvidence | None, *, hollow: bool) -> None:
         """Take all passes through ``block`` to the next one; their inputs in it are added to ``evidence``."""
         base = _Read(self._base)
-        for k, (name, state) in enumerate(self._experts.items()):
-            expert = {key: self._finite(name, key, state) for key in (*self._model.resident.keys, *block.keys)}
+        seconds = self.seconds.setdefault(block.path, {"experts": 0.0, "samples": 0.0})
+        for k, name in enumerate(self._experts):
+            began = time.perf_counter()
+            weights = self._model.zeros(block) if hollow else self._weights(name, block)
             collector = None
             if evidence is not None:
                 collector = Collector(evidence.leaders, self._model.shapes, torch.float32, share_inputs=True)
                 collector.start_expert()
-            with self._model.loaded(expert):
+            with self._model.loaded(self._weights(name, self._model.resident), weights):
+                loaded = time.perf_counter()
                 for place, (of_expert, batch) in enumerate(self._batches):
                     if of_expert == name:
                         self._advance(place, passes[place], batch, collector)
+            passed = time.perf_counter()
             if collector is not None:
-                add_expert(evidence, collector, list(block.layers), base, expert, k)
+                add_expert(evidence, collector, list(block.layers), base, weights, k)
+            seconds["experts"] += loaded - began + time.perf_counter() - passed
+            seconds["samples"] += passed - loaded
 
     def _advance(self, place: int, each: Pass, batch: Batch, collector: Collector | None) -> None:
         if collector is not None:
@@ -122,8 +136,10 @@ class BlockSweep:
             _, arguments = each.at
             self._carried.suspend(place, arguments, samples(batch))
 
-    def _finite(self, name: str, key: str, state: Mapping[str, Tensor]) -> Tensor:
-        return check_finite(key, _Read(state)[key], self._sources[name])
+    def _weights(self, name: str, block: Block) -> dict[str, Tensor]:
+        """What expert ``name`` has of ``block``; files may lack counters."""
+        state = _Read(self._experts[name])
+        return {key: check_finite(key, state[key], self._sources[name]) for key in block.keys if key in state}
 
     def _check_arrived(self, block: Block | None, passes: list[Pass]) -> None:
         for (name, _), each in zip(self._batches, passes, strict=True):
@@ -152,6 +168,9 @@ class _Read(Mapping[str, Tensor]):
             return self._state[key]
         shape = shape_of(self._state, key)
         return run_of(self._state, key, 0, shape.numel()).view(shape)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._state
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)

@@ -140,7 +140,7 @@ class BlockModel:
         try:
             block = self.resident
             while block:
-                with self.loaded(self._zeros(self.resident), self._zeros(block)):
+                with self.loaded(self.zeros(self.resident), self.zeros(block)):
                     running.advance()
                 block = running.at and running.at[0]
                 calls += [block] if block else []
@@ -148,8 +148,8 @@ class BlockModel:
             running.give_up()
         return calls
 
-    def _zeros(self, block: Block) -> dict[str, Tensor]:
-        """Weights that take no memory."""
+    def zeros(self, block: Block) -> dict[str, Tensor]:
+        """Weights of ``block`` that take no memory."""
         parameters = (key for key in block.keys if isinstance(self._slots[key], nn.Parameter))
         return {key: torch.zeros(()).expand(self.shapes[key]) for key in parameters}
 

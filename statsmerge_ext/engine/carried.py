@@ -25,6 +25,9 @@ class CarriedStates:
         directory: where files are made; it need not exist.
         budget: bytes that may stay in memory.
         shared: tensors that are every pass's and no hidden state: the model's parameters and buffers.
+
+    Attributes:
+        most: bytes that all passes have had at once, in memory or in files.
     """
 
     def __init__(self, directory: Path, budget: int, shared: Iterable[Tensor]) -> None:
@@ -33,6 +36,7 @@ class CarriedStates:
         self._known: dict[Hashable, list[weakref.ref[Tensor]]] = {}
         self._in_files: dict[Hashable, list[tuple[Tensor, int]]] = {}
         self._held: dict[Hashable, int] = {}
+        self.most = 0
 
     def suspend(self, key: Hashable, arguments: object, samples: int) -> None:
         """The pass ``key`` has stopped where a module is called with ``arguments`` (nested tuples, lists, mappings).
@@ -54,6 +58,8 @@ class CarriedStates:
             self._in_files[key] = self._write(key, known)
         else:
             self._held[key] = size
+        in_files = sum(size for of_pass in self._in_files.values() for _, size in of_pass)
+        self.most = max(self.most, sum(self._held.values()) + in_files)
 
     def resume(self, key: Hashable) -> None:
         """The pass ``key`` is about to go on: all that it has is in memory again."""
@@ -74,7 +80,8 @@ class CarriedStates:
         for place, tensor in enumerate(tensors):
             storage = tensor.untyped_storage()
             with open(self._file(key, place), "wb") as file:
-                file.write(memoryview(_bytes(tensor).cpu().numpy()))
+                # A copy: torch no longer resizes memory that NumPy has seen.
+                file.write(memoryview(_bytes(tensor).to("cpu", copy=True).numpy()))
             written.append((tensor, storage.nbytes()))
             storage.resize_(0)
         return written

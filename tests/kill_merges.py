@@ -2,7 +2,8 @@
 
 ``python kill_merges.py RECIPE DIRECTORY KILLS`` prints as JSON how many processes were killed, how many took up what
 another had left, and the outputs that differ from one that nobody disturbed. It forks instead of starting every process
-anew, so that hundreds of kills take seconds; nothing but imports, also of what merges of models need, runs before a fork.
+anew, so that hundreds of kills take seconds; nothing but imports runs before a fork, also of what merges of models
+need.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -103,25 +104,31 @@ class BlockSweep:
 
     def _go_on(self, block: Block, passes: list[Pass], evidence: GramEvidence | None, *, hollow: bool) -> None:
         """Take all passes through ``block`` to the next one; their inputs in it are added to ``evidence``."""
-        base = _Read(self._base)
+        for name in self._experts:
+            own = [place for place, (of_expert, _) in enumerate(self._batches) if of_expert == name]
+            self._take(name, block, {place: passes[place] for place in own}, evidence, hollow)
+
+    def _take(
+        self, name: str, block: Block, passes: Mapping[int, Pass], evidence: GramEvidence | None, hollow: bool
+    ) -> None:
+        """Take the passes of one expert through ``block``. Nothing but its sums is left of it in memory."""
         seconds = self.seconds.setdefault(block.path, {"experts": 0.0, "samples": 0.0})
-        for k, name in enumerate(self._experts):
-            began = time.perf_counter()
-            weights = self._model.zeros(block) if hollow else self._weights(name, block)
-            collector = None
-            if evidence is not None:
-                collector = Collector(evidence.leaders, self._model.shapes, torch.float32, share_inputs=True)
-                collector.start_expert()
-            with self._model.loaded(self._weights(name, self._model.resident), weights):
-                loaded = time.perf_counter()
-                for place, (of_expert, batch) in enumerate(self._batches):
-                    if of_expert == name:
-                        self._advance(place, passes[place], batch, collector)
+        began = time.perf_counter()
+        collector = None
+        if evidence is not None:
+            collector = Collector(evidence.leaders, self._model.shapes, torch.float32, share_inputs=True)
+            collector.start_expert()
+        weights = self._model.zeros(block).items() if hollow else self._weights(name, block)
+        with self._model.loaded(chain(self._weights(name, self._model.resident), weights)) as expert:
+            loaded = time.perf_counter()
+            for place, each in passes.items():
+                self._advance(place, each, self._batches[place][1], collector)
             passed = time.perf_counter()
             if collector is not None:
-                add_expert(evidence, collector, list(block.layers), base, weights, k)
-            seconds["experts"] += loaded - began + time.perf_counter() - passed
-            seconds["samples"] += passed - loaded
+                k = list(self._experts).index(name)
+                add_expert(evidence, collector, list(block.layers), _Read(self._base), expert, k)
+        seconds["experts"] += loaded - began + time.perf_counter() - passed
+        seconds["samples"] += passed - loaded
 
     def _advance(self, place: int, each: Pass, batch: Batch, collector: Collector | None) -> None:
         if collector is not None:
@@ -136,10 +143,12 @@ class BlockSweep:
             _, arguments = each.at
             self._carried.suspend(place, arguments, samples(batch))
 
-    def _weights(self, name: str, block: Block) -> dict[str, Tensor]:
+    def _weights(self, name: str, block: Block) -> Iterator[tuple[str, Tensor]]:
         """What expert ``name`` has of ``block``; files may lack counters."""
         state = _Read(self._experts[name])
-        return {key: check_finite(key, state[key], self._sources[name]) for key in block.keys if key in state}
+        for key in block.keys:
+            if key in state:
+                yield key, check_finite(key, state[key], self._sources[name])
 
     def _check_arrived(self, block: Block | None, passes: list[Pass]) -> None:
         for (name, _), each in zip(self._batches, passes, strict=True):

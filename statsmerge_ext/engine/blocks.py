@@ -7,7 +7,7 @@ lists are called; what lies beside a list (embeddings, the last norm, the head) 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -73,19 +73,19 @@ class BlockModel:
         return [*self._model.parameters(), *self._model.buffers()]
 
     @contextmanager
-    def loaded(self, *states: Mapping[str, Tensor]) -> Iterator[None]:
-        """While the context is open, the model has these entries of its state dict, in its own dtype and device."""
-        given = {key: tensor for state in states for key, tensor in state.items()}
+    def loaded(self, entries: Iterable[tuple[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+        """While the context is open, the model has these entries of its state dict; gives them as they are there."""
+        given: dict[str, Tensor] = {}
         try:
-            for key, tensor in given.items():
-                slot = self._slots[key]
-                if isinstance(slot, nn.Parameter):
-                    slot.data = tensor.to(slot.device, slot.dtype)
+            for key, tensor in entries:
+                given[key] = self._slots[key]
+                if isinstance(given[key], nn.Parameter):
+                    given[key].data = tensor.to(given[key].device, given[key].dtype)
                 else:
-                    slot.copy_(tensor)
-            yield
+                    given[key].copy_(tensor)
+            yield given
         finally:
-            for slot in (self._slots[key] for key in given):
+            for slot in given.values():
                 if isinstance(slot, nn.Parameter):
                     slot.data = slot.new_empty(0)
 
@@ -140,7 +140,7 @@ class BlockModel:
         try:
             block = self.resident
             while block:
-                with self.loaded(self.zeros(self.resident), self.zeros(block)):
+                with self.loaded({**self.zeros(self.resident), **self.zeros(block)}.items()):
                     running.advance()
                 block = running.at and running.at[0]
                 calls += [block] if block else []

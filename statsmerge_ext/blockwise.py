@@ -56,7 +56,7 @@ class BlockMerge:
 
     Raises:
         CheckpointError: as :func:`check_compatible`, :func:`build_skeleton` and :class:`FileNames`.
-        CalibrationError: the method's hyperparameters are not its own.
+        MethodError: a hyperparameter that the method does not take.
         Exception: whatever the model raises when it is run; it may be one that cannot be taken block by block.
     """
 
@@ -215,6 +215,7 @@ class BlockMerge:
                 whole.view(-1)[first : first + merged.numel()] = merged.reshape(-1)
         for name, merged in self._files.stored(put_together).items():
             output.write(name, output.converted(name, merged))
+        self._files.forget()
         for name, note in solution.notes.items():
             self._notes.setdefault(name, {}).update(note)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,62 @@ def test_blocks_are_found_in_the_module_tree(tmp_path):
     found, resident = paths("clip vision")
     assert found == [*beside, *layers, "vision_model.post_layernorm", "visual_projection"] and resident == []
     assert paths("albert")[0].count("encoder.albert_layer_groups.0") == 3
+
+
+PEAK = """
+import resource, sys
+from statsmerge_ext import run_merge
+from statsmerge_ext.memory import keep_freed_memory
+
+keep_freed_memory(2**20)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run_merge(sys.argv[1], sys.argv[2], progress=False)  # of a tiny model: what is loaded for any merge is there
+before = peak()
+plan = run_merge(sys.argv[3], sys.argv[4], progress=False, dry_run=True)["plan"]
+run_merge(sys.argv[3], sys.argv[4], progress=False)
+print(1024 * (peak() - before), plan["memory"], 1024 * peak())
+"""
+
+
+def test_memory_is_that_of_one_block_whatever_the_depth_and_the_number_of_experts(tmp_path):
+    """A model of 130 MB and five experts, in 30 MB."""
+    save_family(tmp_path / "tiny", "llama")
+    deep = tmp_path / "deep"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 48, "num_attention_heads": 4}
+    for number, name in enumerate(("base", "a")):
+        torch.manual_seed(number)
+        config = transformers.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=4)
+        transformers.LlamaForCausalLM(config).save_pretrained(deep / name)
+    save_file(load_file(tmp_path / "tiny" / "a.safetensors"), deep / "samples.safetensors")
+    experts = ["a", *"bcde"]
+    for name in experts[1:]:
+        (deep / name).symlink_to(deep / "a")
+    data = {"data": {name: "a.safetensors" for name in ("a", "b")}}
+    arguments = [write_recipe(tmp_path / "tiny", "lot", calibration=data), tmp_path / "tiny" / "out"]
+    data = {"data": "samples.safetensors"}
+    arguments += [write_recipe(deep, "lot", experts, calibration=data), deep / "out"]
+    command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    more, planned, peak = map(int, done.stdout.split())
+    assert (deep / "out" / "model.safetensors").stat().st_size > 120e6
+    assert more < 30e6
+    assert planned == pytest.approx(peak, rel=0.25)
+
+
+def test_a_dry_run_says_what_the_merge_will_take(tmp_path):
+    models = save_family(tmp_path, "llama")
+    before = files_in(models)
+    plan = merge(models, dry_run=True)["plan"]
+    assert files_in(models) == sorted([*before, "recipe.yaml"])
+    began = time.perf_counter()
+    report = merge(models)
+    seconds = time.perf_counter() - began
+    states = [open_checkpoint(models / name) for name in ("base", "a", "b")]
+    assert plan["bytes_read"] == sum(tensor.nbytes for state in states for tensor in state.values())
+    assert {key: plan[key] for key in report["plan"]} == report["plan"]
+    # Of so small a model most of the time is files' and hooks'; what is disturbed is disturbed in one of the two runs.
+    assert seconds / 10 < plan["seconds"] < 5 * seconds
 
 
 # Interruptions

@@ -30,8 +30,9 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
     state = {key: check_finite(key, tensor, checkpoint.file(key)) for key, tensor in checkpoint.items()}
     with quiet_transformers(transformers.utils.logging):
         try:
+            config = configuration(checkpoint)
             model, info = model_class.from_pretrained(
-                None, config=configuration(checkpoint), state_dict=state, dtype=torch.float32, output_loading_info=True
+                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
             )
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{checkpoint.path}: transformers cannot build {name}: {error}") from error
@@ -61,10 +62,18 @@ def architecture(checkpoint: Checkpoint) -> type[nn.Module]:
 
 
 def configuration(checkpoint: Checkpoint) -> object:
-    """The parsed configuration of a directory that :func:`architecture` has a class for."""
+    """The parsed configuration of a directory that :func:`architecture` has a class for.
+
+    The experts of a mixture are to be called one by one, so that it is seen which tokens each of them gets; and nothing
+    is to be kept of earlier tokens, which would grow with the model's depth.
+    """
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
+    for part in (config, *(part for part in parts if part is not None)):
+        part._experts_implementation, part.use_cache = "eager", False
+    return config
 
 
 def module_state(checkpoint: Checkpoint, model: nn.Module) -> Mapping[str, Tensor]:

@@ -25,8 +25,7 @@ from statsmerge_ext.errors import CheckpointError
 def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     """The model that a Hugging Face directory describes, its parameters on the meta device, its buffers real.
 
-    It computes in float32 and in eval mode, keeps no cache of earlier tokens, and runs the experts of a mixture one by
-    one.
+    It computes in float32 and in eval mode.
 
     Raises:
         CheckpointError: there is no configuration, or transformers lacks or cannot build the architecture.
@@ -36,11 +35,7 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
 
     with quiet_transformers(transformers.utils.logging), _parameters_on_meta():
         try:
-            config = configuration(checkpoint)
-            for part in (config, *_nested(config)):
-                part.use_cache = False
-                part._experts_implementation = "eager"
-            model = model_class._from_config(config, dtype=torch.float32)
+            model = model_class._from_config(configuration(checkpoint), dtype=torch.float32)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{checkpoint.path}: transformers cannot build {model_class.__name__}") from error
     return model.eval()
@@ -78,6 +73,7 @@ class FileNames:
                 self.direct.setdefault(self.aliases[key], []).append(name)
             else:
                 conversions.setdefault(key, _Conversion(key, conversion[0])).sources[name] = conversion[1]
+        self.forget()
         self._conversions: dict[str, _Conversion] = {}  # by every parameter that one makes
         for conversion in conversions.values():
             like = {
@@ -105,8 +101,16 @@ class FileNames:
         return self.direct.get(key) or list(self._conversions[key].sources)
 
     def read(self, key: str, state: Mapping[str, Tensor]) -> Tensor:
-        """A parameter that is not direct, from tensors under the files' names."""
-        return self._conversions[key].apply(self._model, state)[key]
+        """A parameter that is not direct, from tensors under the files' names. The last one is kept, for its parts."""
+        known, of_state, value = self._last
+        if known != key or of_state is not state:
+            value = self._conversions[key].apply(self._model, state)[key]
+            self._last = (key, state, value)
+        return value
+
+    def forget(self) -> None:
+        """Give back what :meth:`read` keeps."""
+        self._last = ("", {}, None)
 
     def stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the files hold of parameters that are not direct; ``state`` has all or none of a file's tensor."""
@@ -225,9 +229,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
-
-
-def _nested(config: object) -> list[object]:
-    """The configurations of a model's parts."""
-    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
-    return [part for part in parts if part is not None]

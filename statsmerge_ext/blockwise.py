@@ -121,7 +121,7 @@ class BlockMerge:
             for block, of_block in evidence:
                 collected = time.perf_counter()
                 if block.path not in done:
-                    self._write_block(block, of_block, output)
+                    self._write_block(block, of_block, self._experts, output)
                     done = [*done, block.path]
                     output.save_if_due({"done": done, "seen": sorted(self._seen), "notes": self._notes})
                 del of_block
@@ -167,7 +167,7 @@ class BlockMerge:
                 for block, of_block in evidence:
                     began = time.perf_counter()
                     if block.path not in others:
-                        self._write_block(block, of_block, output)
+                        self._write_block(block, of_block, experts, output)
                     solving[block.path] = time.perf_counter() - began
         per_sample = _samples(self._batches) / _samples(sample)
         per_expert = len(self._experts) / len(experts)
@@ -193,11 +193,13 @@ class BlockMerge:
         shapes = [(key.removeprefix(block.path), self._model.shapes[key]) for key in block.keys]
         return tuple(shapes), len(block.layers), block in self._calls
 
-    def _write_block(self, block: Block, evidence: GramEvidence, output: ResumableOutput) -> None:
+    def _write_block(
+        self, block: Block, evidence: GramEvidence, experts: Mapping[str, Mapping[str, Tensor]], output: ResumableOutput
+    ) -> None:
         problem = MergeProblem(
             layers=list(_in_rows(block.layers, evidence, self._base)),
             base=self._base,
-            experts=self._experts,
+            experts=experts,
             evidence=evidence,
             base_source=self._base_source,
             sources=self._sources,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from statsmerge_ext.blockwise import BlockMerge, write_blockwise
 from statsmerge_ext.calibration import Batch, as_named, read_samples
@@ -101,6 +103,8 @@ def run_merge(
     options = {"buffers": recipe.buffers, "progress": progress, "seed": random_seed, "memory_budget": budget}
     on_disk = out.suffix not in PICKLE_SUFFIXES  # whether the output can be written while it is computed
     blocks, why_not = _block_merge(recipe, base, experts, batches, device, options) if on_disk else (None, None)
+    if why_not and progress:
+        tqdm.write(f"merging in memory: {why_not}", file=sys.stderr)
     left_out = blocks.left_over if blocks else ()
     names = [name for name in base if name not in left_out]
     infos = {name: TensorInfo(base.shape(name), _out_dtype(base, name, recipe.out_dtype)) for name in names}

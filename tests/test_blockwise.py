@@ -34,10 +34,12 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-def merge(models: Path, method: str = "lot", out: str = "out", parameters: dict | None = None, **options) -> dict:
+def merge(
+    models: Path, method: str = "lot", out: str = "out", parameters: dict | None = None, progress=False, **options
+) -> dict:
     data = {name: f"{name}.safetensors" for name in ("a", "b")}
     recipe = write_recipe(models, method, calibration={"data": data, "batch_size": BATCH}, parameters=parameters or {})
-    return run_merge(recipe, models / out, progress=False, **options)
+    return run_merge(recipe, models / out, progress=progress, **options)
 
 
 def in_memory(models: Path, method: str = "lot", **parameters) -> statsmerge_ext.engine.merging.MergeResult:
@@ -144,6 +146,22 @@ def test_blocks_are_found_in_the_module_tree(tmp_path):
     found, resident = paths("clip vision")
     assert found == [*beside, *layers, "vision_model.post_layernorm", "visual_projection"] and resident == []
     assert paths("albert")[0].count("encoder.albert_layer_groups.0") == 3
+
+
+def test_a_model_that_cannot_be_taken_in_blocks_is_merged_in_memory(tmp_path, monkeypatch, capsys):
+    """One that uses the weights of a block outside of its call: the rehearsal fails, and nothing is lost but memory."""
+    models = save_family(tmp_path, "gpt2")
+    forward = transformers.GPT2Model.forward
+
+    def peeking(self, *arguments, **options):
+        assert self.h[1].mlp.c_fc.weight.numel(), "the second block has no weights"
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(transformers.GPT2Model, "forward", peeking)
+    report = merge(models, progress=True)
+    assert report["in_memory"] == "AssertionError: the second block has no weights"
+    assert "merging in memory: AssertionError: the second block has no weights" in capsys.readouterr().err
+    assert_same(loaded(models / "out"), in_memory(models).state)
 
 
 PEAK = """

@@ -26,7 +26,7 @@ from statsmerge_ext.engine.lockstep import Pass
 from statsmerge_ext.engine.together import samples
 from statsmerge_ext.errors import CalibrationError
 from statsmerge_ext.evidence import GramEvidence
-from statsmerge_ext.evidence.grams import Collector, add_expert
+from statsmerge_ext.evidence.grams import Collector, add_expert, finish
 from statsmerge_ext.evidence.observe import Observation, observe
 
 
@@ -78,20 +78,23 @@ class BlockSweep:
         """
         left = Counter(block.path for block in self._calls)
         called = set(left)
-        opened: dict[str, GramEvidence] = {}
+        opened: dict[str, _Sums] = {}
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
         passes = [self._model.run(batch, self._watching, self._end) for _, batch in self._batches]
         try:
-            self._go_on(self._model.resident, passes, None, hollow=False)
+            self._go_on(self._model.resident, passes, None)
             for block in self._calls:
                 self._check_arrived(block, passes)
-                evidence = opened.setdefault(block.path, GramEvidence(list(self._experts)))
-                skipped = block.path in without
-                self._go_on(block, passes, None if skipped else evidence, hollow=skipped and hollow)
+                if block.path in without:
+                    self._go_on(block, passes, None, hollow=hollow)
+                else:
+                    sums = opened.setdefault(block.path, _Sums(list(self._experts), self._model.shapes))
+                    self._go_on(block, passes, sums)
+                    sums = None  # what is opened holds them, and gives them away
                 left[block.path] -= 1
                 if not left[block.path]:
-                    yield block, opened.pop(block.path)
+                    yield block, opened.pop(block.path).evidence() if block.path in opened else self._nothing()
             self._check_arrived(None, passes)
         finally:
             for each in passes:
@@ -100,23 +103,24 @@ class BlockSweep:
             torch.backends.mha.set_fastpath_enabled(fastpath)
         for block in (*self._model.blocks, self._model.resident):
             if block.path not in called:
-                yield block, GramEvidence(list(self._experts))
+                yield block, self._nothing()
 
-    def _go_on(self, block: Block, passes: list[Pass], evidence: GramEvidence | None, *, hollow: bool) -> None:
-        """Take all passes through ``block`` to the next one; their inputs in it are added to ``evidence``."""
+    def _nothing(self) -> GramEvidence:
+        return GramEvidence(list(self._experts))
+
+    def _go_on(self, block: Block, passes: list[Pass], sums: _Sums | None, *, hollow: bool = False) -> None:
+        """Take all passes through ``block`` to the next one; their inputs in it are added to ``sums``."""
         for name in self._experts:
             own = [place for place, (of_expert, _) in enumerate(self._batches) if of_expert == name]
-            self._take(name, block, {place: passes[place] for place in own}, evidence, hollow)
+            self._take(name, block, {place: passes[place] for place in own}, sums, hollow)
 
-    def _take(
-        self, name: str, block: Block, passes: Mapping[int, Pass], evidence: GramEvidence | None, hollow: bool
-    ) -> None:
+    def _take(self, name: str, block: Block, passes: Mapping[int, Pass], sums: _Sums | None, hollow: bool) -> None:
         """Take the passes of one expert through ``block``. Nothing but its sums is left of it in memory."""
         seconds = self.seconds.setdefault(block.path, {"experts": 0.0, "samples": 0.0})
         began = time.perf_counter()
         collector = None
-        if evidence is not None:
-            collector = Collector(evidence.leaders, self._model.shapes, torch.float32, share_inputs=True)
+        if sums is not None:
+            collector = sums.collector
             collector.start_expert()
         weights = self._model.zeros(block).items() if hollow else self._weights(name, block)
         with self._model.loaded(chain(self._weights(name, self._model.resident), weights)) as expert:
@@ -126,7 +130,7 @@ class BlockSweep:
             passed = time.perf_counter()
             if collector is not None:
                 k = list(self._experts).index(name)
-                add_expert(evidence, collector, list(block.layers), _Read(self._base), expert, k)
+                add_expert(sums.gathered, collector, list(block.layers), _Read(self._base), expert, k)
         seconds["experts"] += loaded - began + time.perf_counter() - passed
         seconds["samples"] += passed - loaded
 
@@ -164,6 +168,19 @@ class BlockSweep:
         """The context of every pass: whatever a layer sees goes to the collector of the moment."""
         with observe(model, self._model.layers, lambda observation: self._receive(observation)):
             yield
+
+
+class _Sums:
+    """Evidence of one block while it is collected."""
+
+    def __init__(self, experts: list[str], shapes: Mapping[str, torch.Size]) -> None:
+        self.gathered = GramEvidence(experts)
+        self.collector = Collector(self.gathered.leaders, shapes, torch.float32, share_inputs=True)
+
+    def evidence(self) -> GramEvidence:
+        """All of it, once."""
+        finish(self.gathered, self.collector)
+        return self.gathered
 
 
 class _Read(Mapping[str, Tensor]):

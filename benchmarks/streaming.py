@@ -1,13 +1,16 @@
-"""Streamed merges of a Llama-shaped model of 3 billion parameters, beside copying the same bytes, and mergekit.
+"""Merges of a Llama-shaped model of 3 billion parameters on disk, beside copying the same bytes, and mergekit.
 
     python benchmarks/streaming.py make DIR [--billions B]   # a base and three experts, bfloat16: 8 B GB in all
     python benchmarks/streaming.py copy DIR                   # read all inputs and write as much as a merge does
     python benchmarks/streaming.py merge DIR METHOD           # the whole command, in a process of its own
+    python benchmarks/streaming.py plan DIR METHOD            # what the command says before that it will take
     python benchmarks/streaming.py mergekit DIR METHOD        # the same recipe by mergekit's command, if installed
     python benchmarks/streaming.py compare DIR                # the merged weights of both, element by element
 
-Each prints one line of JSON: seconds, bytes read and written, largest resident size. The inputs are dropped from the
-page cache before each, so that all of them read from the disk; what is written is synced before the clock stops.
+METHOD is one that looks at weights alone, or lot or regmean, which go block by block with 8 samples of 256 random
+tokens an expert. Each prints one line of JSON: seconds, bytes read and written, largest resident size. The inputs are
+dropped from the page cache before each, so that all of them read from the disk; what is written is synced before the
+clock stops.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
+from statsmerge_ext import run_merge
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.weight_files import ShardedWeights
@@ -35,7 +40,11 @@ RECIPES = {
     "linear": {"parameters": {"normalize": True}, "each": {"weight": 1.0}},
     "task_arithmetic": {"parameters": {}, "each": {"weight": 0.4}},
     "ties": {"parameters": {"normalize": True, "scope": "layer"}, "each": {"weight": 1.0, "density": 0.25}},
+    "lot": {"parameters": {}, "each": {}},
+    "regmean": {"parameters": {}, "each": {}},
 }
+WITH_DATA = ("lot", "regmean")
+SAMPLES, TOKENS = 8, 256
 HIDDEN, INNER, KEYS, VOCABULARY = 3072, 8192, 1024, 32000
 _CHUNK = 2**23
 
@@ -72,6 +81,7 @@ def make(directory: Path, billions: float) -> None:
         "num_attention_heads": HIDDEN // 128,
         "num_key_value_heads": KEYS // 128,
         "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
     for number, model in enumerate(("base", *EXPERTS)):
@@ -124,10 +134,22 @@ def write_recipe(directory: Path, method: str, dtype: str) -> Path:
     models = [{"model": str(directory / name), "parameters": parameters["each"]} for name in EXPERTS]
     recipe = {"merge_method": method, "models": models, "parameters": parameters["parameters"]}
     recipe |= {"dtype": dtype, "out_dtype": "bfloat16"}
+    if method in WITH_DATA:
+        recipe["calibration"] = {"data": {name: str(write_samples(directory, name)) for name in EXPERTS}}
     if method != "linear":
         recipe["base_model"] = str(directory / "base")
     path = directory / f"{method}.yml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def write_samples(directory: Path, expert: str) -> Path:
+    """Random tokens of a vocabulary that is the expert's own third of all."""
+    part = VOCABULARY // len(EXPERTS)
+    generator = torch.Generator().manual_seed(EXPERTS.index(expert))
+    tokens = torch.randint(part, (SAMPLES, TOKENS), generator=generator) + part * EXPERTS.index(expert)
+    path = directory / f"samples-{expert}.safetensors"
+    save_file({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, path)
     return path
 
 
@@ -161,7 +183,7 @@ def compare(directory: Path, method: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("make", "copy", "merge", "mergekit", "compare"))
+    parser.add_argument("action", choices=("make", "copy", "merge", "plan", "mergekit", "compare"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("method", nargs="?", choices=RECIPES)
     parser.add_argument("--billions", type=float, default=3.0)
@@ -177,6 +199,11 @@ def main() -> None:
     facts["gigabytes_read"] /= 1e9
     if not options.warm:
         forget(files)
+    if options.action == "plan":
+        recipe = write_recipe(options.directory, options.method, options.dtype)
+        began = time.perf_counter()
+        plan = run_merge(recipe, options.directory / "merge-plan", dry_run=True, progress=False)["plan"]
+        return print(json.dumps({**facts, "took": round(time.perf_counter() - began, 2), "plan": plan}))
     if options.action == "copy":
         began = time.perf_counter()
         copy(options.directory)

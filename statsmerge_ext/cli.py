@@ -21,10 +21,13 @@ from statsmerge_ext.lora import extract_adapter, merge_adapters
 from statsmerge_ext.memory import keep_freed_memory
 from statsmerge_ext.methods import get_method, list_methods
 from statsmerge_ext.ops.quantized import BITS
+from statsmerge_ext.recipe import load_recipe
 from statsmerge_ext.run import run_merge
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+# What a merge block by block keeps of freed memory for itself: its weights and sums are longer, and are given back.
+_KEPT_BLOCK_BY_BLOCK = 2**23
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         help="take up an interrupted run of the same merge where it was (default: yes)",
     )
     merging.add_argument(
-        "--memory-budget", metavar="SIZE", help="what a streamed merge may hold of the models (default: 512MiB)"
+        "--memory-budget",
+        metavar="SIZE",
+        help="what a streamed merge may hold of the models, or one block by block of hidden states (default: 512MiB)",
     )
     merging.add_argument("--dry-run", action="store_true", help="check everything, say what it would take, stop")
 
@@ -168,10 +173,13 @@ def _device(name: str) -> torch.device:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe)
+    if get_method(recipe.method).by_layer:
+        keep_freed_memory(_KEPT_BLOCK_BY_BLOCK)
     with processes.joined():
         quiet = options.quiet or processes.rank() > 0
         report = run_merge(
-            options.recipe,
+            recipe,
             options.out,
             device=options.device,
             out_shard_size=options.out_shard_size,

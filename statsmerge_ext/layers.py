@@ -20,6 +20,8 @@ KINDS = ("linear", "conv", "scale", "bias", "embedding", "other")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CHANNEL_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+#: Parts of the names that transformers gives to classes with the bare weights of a mixture of experts.
+_MIXTURE_CLASSES = ("Experts", "Router")
 #: Names under which a state dict alone, without its model, shows the statistics of a normalisation.
 _BUFFER_SUFFIXES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -34,7 +36,8 @@ class Layer:
         kind: one of :data:`KINDS`.
         module: path of the module whose calls are watched for evidence; "" is the model itself.
         source: what is watched there: "input", "patches", "query", "key", "value", "attention" (the input of an
-            attention's output projection), "normalised", "indices", or "" where there is no evidence.
+            attention's output projection), "normalised", "indices", "product" (the input of the linear function where
+            it is called with the layer's weight), or "" where there is no evidence.
         rows: the rows [start, stop) of the parameter that are this layer, None for all of them.
         transposed: the parameter is stored [in, out] (transformers' ``Conv1D``).
         groups: number of groups of a convolution; each group is a matrix of its own.
@@ -59,6 +62,8 @@ class Layer:
         """``part`` (what :meth:`part` gives) as matrices [groups, out / groups, in]."""
         if self.transposed:
             part = part.T
+        if self.source == "product":  # one of a stack of matrices still has the stack's dimension
+            return part.reshape(1, -1, part.shape[-1])
         return part.reshape(self.groups, part.shape[0] // self.groups, -1)
 
     def from_matrices(self, matrices: Tensor, shape: torch.Size) -> Tensor:
@@ -144,6 +149,18 @@ def _module_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
         yield "weight", Layer("", "", "embedding", source="indices")
     elif is_norm(module):
         yield "weight", Layer("", "", "scale", source="normalised")
+    elif any(part in type(module).__name__ for part in _MIXTURE_CLASSES):
+        yield from _mixture_layers(module)
+
+
+def _mixture_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """The bare weights of a mixture of experts: those of all experts stacked in one parameter, and the router's."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3:
+            for place in range(len(parameter)):
+                yield name, Layer(f"[{place}]", "", "linear", source="product", rows=(place, place + 1))
+        elif parameter.dim() == 2 and name == "weight":
+            yield name, Layer("", "", "linear", source="product")
 
 
 def _attention_layers(module: nn.MultiheadAttention) -> Iterator[tuple[str, Layer]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from statsmerge_ext.calibration import Batch, read_samples
+from statsmerge_ext.blockwise import BlockMerge, write_blockwise
+from statsmerge_ext.calibration import Batch, as_named, read_samples
 from statsmerge_ext.checkpoints import (
     Checkpoint,
     check_compatible,
@@ -23,6 +27,7 @@ from statsmerge_ext.checkpoints import (
 )
 from statsmerge_ext.checkpoints.architecture import build_model, module_state, stored_state
 from statsmerge_ext.checkpoints.compatibility import floating_names
+from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.partial import partial_path
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
@@ -30,7 +35,8 @@ from statsmerge_ext.checkpoints.writing import atomic_output, check_output, pars
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.merging import Solved, solve
 from statsmerge_ext.engine.problem import MergedLayers
-from statsmerge_ext.errors import CheckpointError
+from statsmerge_ext.errors import CalibrationError, CheckpointError, StatsMergeError
+from statsmerge_ext.methods import get_method
 from statsmerge_ext.model_card import REPORT, accompanying_files
 from statsmerge_ext.recipe import Recipe, load_recipe
 from statsmerge_ext.streamed import estimate, write_streamed
@@ -53,7 +59,9 @@ def run_merge(
     """Merge the checkpoints that a recipe names and write the result, whole or not at all.
 
     Methods that look at the weights alone are streamed: models and result are never in memory as a whole. Under
-    torchrun, every process of the group calls this alike and takes its share of such a merge.
+    torchrun, every process of the group calls this alike and takes its share of such a merge. Methods that look at one
+    layer at a time, such as ``lot``, go block by block through models of transformers; where a model cannot be taken in
+    blocks, it is merged in memory, and the report says why.
 
     Args:
         recipe: a recipe, or the path of its file.
@@ -63,18 +71,19 @@ def run_merge(
         out_shard_size: largest size of a weight file in a directory, such as "5GB".
         copy_tokenizer: copy the tokenizer's files too, the base's unless the recipe says another model's.
         random_seed: of all that is random in the method.
-        memory_budget: what a streamed merge may hold of models and result at a time, such as "1GiB"; None: a default.
+        memory_budget: what a streamed merge may hold of models and result at a time, such as "1GiB", and a merge block
+            by block of hidden states, the rest of which goes to files; None: a default.
         overwrite: replace an existing model.
         resume: take up an interrupted run of the same merge where its journal says it was, with the same result; a
-            streamed one leaves it in ``<out_path>.partial``, a method that learns in ``<out_path>.journal``. Otherwise
-            these are removed.
+            streamed one, or one block by block, leaves it in ``<out_path>.partial``, a method that learns in
+            ``<out_path>.journal``. Otherwise these are removed.
         dry_run: read and check everything that can be checked without merging, and leave nothing behind; of a streamed
-            merge, a sample is merged for an estimate.
+            merge, or one block by block, a sample is merged for an estimate.
         progress: show progress bars.
 
     Returns:
         The report (JSON-able); of a dry run its "plan" only: "tensors", "bytes" and "dtypes" to be written, and of a
-        streamed merge also "bytes_read", "seconds" and "memory" in bytes.
+        merge that is streamed, or goes block by block, also "bytes_read", "seconds" and "memory" in bytes.
 
     Raises:
         StatsMergeError: a RecipeError, CheckpointError, CalibrationError, MethodError or ProcessError that says what is
@@ -90,39 +99,47 @@ def run_merge(
     base = open_checkpoint(recipe.base, device, at_least=recipe.out_dtype)
     experts = {name: open_expert(path, base, device) for name, path in recipe.experts.items()}
     check_compatible(base, experts)
-    infos = {name: TensorInfo(base.shape(name), _out_dtype(base, name, recipe.out_dtype)) for name in base}
+    batches = _read_calibration(recipe, device)
+    options = {"buffers": recipe.buffers, "progress": progress, "seed": random_seed, "memory_budget": budget}
+    on_disk = out.suffix not in PICKLE_SUFFIXES  # whether the output can be written while it is computed
+    blocks, why_not = _block_merge(recipe, base, experts, batches, device, options) if on_disk else (None, None)
+    if why_not and progress:
+        tqdm.write(f"merging in memory: {why_not}", file=sys.stderr)
+    left_out = blocks.left_over if blocks else ()
+    names = [name for name in base if name not in left_out]
+    infos = {name: TensorInfo(base.shape(name), _out_dtype(base, name, recipe.out_dtype)) for name in names}
     plan = _plan(infos)
     _check_space(out, plan["bytes"])
-    batches = _read_calibration(recipe, device)
-
-    options = {"buffers": recipe.buffers, "progress": progress, "seed": random_seed, "memory_budget": budget}
-    streamed = not recipe.needs_data and out.suffix not in PICKLE_SUFFIXES
     if dry_run:
-        if streamed:
+        if blocks:
+            plan |= blocks.estimate(infos, out)
+        elif on_disk and not recipe.needs_data:
             plan |= estimate(recipe.method, base, experts, infos, out, **options, **recipe.hyperparameters)
         return {"plan": plan}
 
     journal = out.with_name(out.name + ".journal")
     if not resume:
         journal.unlink(missing_ok=True)
-    if recipe.needs_data:
-        model = build_model(base).to(device)
-        of_model = {name: module_state(expert, model) for name, expert in experts.items()}
-        data = {"calibration": batches, "journal": journal}
-        solved = solve(recipe.method, base=model, experts=of_model, **data, **options, **recipe.hyperparameters)
-        merged = solved.computed(model)
-        state = _finished(stored_state(merged.model, merged.state), base, recipe.out_dtype)
+    model = build_model(base).to(device) if recipe.needs_data and not blocks else None
+    if blocks:
+        merged, write = blocks, write_blockwise
     else:
-        solved = solve(recipe.method, base=base, experts=experts, **options, **recipe.hyperparameters)
-        if streamed and isinstance(solved.solution.parameters, MergedLayers):
-            identity = _identity(recipe, base, experts, device, shard_bytes, options)
-            tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
-            writing = {"resume": resume, "shard_bytes": None if _is_file(out) else shard_bytes, "progress": progress}
-            return _write_streamed(recipe, solved, out, base, infos, plan, identity, tokenizer, **writing)
-        merged = solved.computed(None)
-        state = _finished(merged.state, base, recipe.out_dtype)
-    report = {**merged.report, "plan": plan}
-    files = accompanying_files(recipe, report, merged.coefficients, merged.learner)
+        of_model = {name: module_state(expert, model) for name, expert in experts.items()} if model else experts
+        data = {"calibration": batches, "journal": journal} if model else {}
+        start = base if model is None else model
+        with _as_calibration_error(why_not):
+            merged = solve(recipe.method, base=start, experts=of_model, **data, **options, **recipe.hyperparameters)
+        write = write_streamed
+    if blocks or (model is None and on_disk and isinstance(merged.solution.parameters, MergedLayers)):
+        facts = _identity(recipe, base, experts, device, shard_bytes, options, batches)
+        writing = {"resume": resume, "shard_bytes": None if _is_file(out) else shard_bytes, "progress": progress}
+        tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
+        return _write(partial(write, merged, out, infos, facts, **writing), merged, recipe, out, base, infos, tokenizer)
+    result = merged.computed(model)
+    state = stored_state(result.model, result.state) if model else result.state
+    state = _finished(state, base, recipe.out_dtype)
+    report = {**result.report, **({"in_memory": why_not} if why_not else {}), "plan": plan}
+    files = accompanying_files(recipe, report, result.coefficients, result.learner)
     if processes.rank() > 0:
         return report  # every process has the whole result; one writes it
     if _is_file(out):
@@ -142,31 +159,67 @@ def run_merge(
     return report
 
 
-def _write_streamed(
+def _block_merge(
     recipe: Recipe,
-    solved: Solved,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    batches: Mapping[str, list[Batch]] | None,
+    device: str | torch.device,
+    options: Mapping[str, object],
+) -> tuple[BlockMerge | None, str | None]:
+    """The merge block by block, where method and model allow it; or why the model does not."""
+    method = get_method(recipe.method)
+    if not method.by_layer or not recipe.needs_data or recipe.buffers != "average" or base.config is None:
+        return None, None
+    of_merge = {"hyperparameters": recipe.hyperparameters, "seed": options["seed"]}
+    try:
+        return BlockMerge(
+            method, base, experts, batches, device, memory_budget=options["memory_budget"], **of_merge
+        ), None
+    except Exception as error:  # the model's own code is run, which may fail in any way there is
+        return None, f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _as_calibration_error(failed_before: str | None) -> Iterator[None]:
+    """Where the model failed block by block and fails in memory, too, it is its input that it cannot be run on."""
+    try:
+        yield
+    except StatsMergeError:
+        raise
+    except Exception as error:
+        if failed_before is None:
+            raise
+        raise CalibrationError(
+            f"calibration: the model cannot be run on the samples: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _write(
+    write: Callable[..., None],
+    merge: Solved | BlockMerge,
+    recipe: Recipe,
     out: Path,
     base: Checkpoint,
     infos: Mapping[str, TensorInfo],
-    plan: dict,
-    identity: dict,
     tokenizer: Path | None,
-    **writing,
 ) -> dict:
     """Compute and write a merge at once, with what belongs beside the weights; returns the report."""
-    report = {**solved.report, "plan": plan}
-    files = accompanying_files(recipe, report, solved.coefficients, solved.learner)
+
+    def report() -> dict:
+        return {**merge.report, "plan": _plan(infos)}
+
+    files = accompanying_files(recipe, report(), merge.coefficients, merge.learner)
 
     def companions(directory: Path) -> None:
         write_companions(directory, base, infos, files, tokenizer=tokenizer)
 
-    write_streamed(solved, out, infos, identity, metadata=files, companions=companions, **writing)
-    report = {**solved.report, "plan": plan}
+    write(metadata=files, companions=companions)
     if processes.rank() == 0 and out.is_dir():
-        # What was written says all but how long it took; the model is in its place, so this may fail.
+        # What was written says all but what came out of it; the model is in its place, so this may fail.
         with suppress(CheckpointError), atomic_output(out / REPORT, overwrite=True) as temporary:
-            temporary.write_text(accompanying_files(recipe, report, None)[REPORT], encoding="utf-8")
-    return report
+            temporary.write_text(accompanying_files(recipe, report(), None)[REPORT], encoding="utf-8")
+    return report()
 
 
 def _is_file(out: Path) -> bool:
@@ -188,14 +241,21 @@ def _plan(infos: Mapping[str, TensorInfo]) -> dict:
 
 
 def _identity(
-    recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint], device, shard_bytes: int, options: dict
+    recipe: Recipe,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    device: str | torch.device,
+    shard_bytes: int,
+    options: Mapping[str, object],
+    batches: Mapping[str, list[Batch]] | None,
 ) -> dict:
-    """What decides the result of a streamed merge, and into which pieces it is cut."""
+    """What decides the result of a merge that is written while it is computed, and into which pieces it is cut."""
     return {
         "method": recipe.method,
         "hyperparameters": {name: str(value) for name, value in recipe.hyperparameters.items()},
         "out_dtype": str(recipe.out_dtype),
         "models": {"": base.identity(), **{name: expert.identity() for name, expert in experts.items()}},
+        "batches": {name: fingerprint(as_named(of_expert)) for name, of_expert in (batches or {}).items()},
         "options": [str(device), shard_bytes, options["seed"], options["memory_budget"]],
     }
 

@@ -2,7 +2,8 @@
 
 ``python kill_merges.py RECIPE DIRECTORY KILLS`` prints as JSON how many processes were killed, how many took up what
 another had left, and the outputs that differ from one that nobody disturbed. It forks instead of starting every process
-anew, so that hundreds of kills take seconds; nothing but standard modules and the package's import runs before a fork.
+anew, so that hundreds of kills take seconds; nothing but imports runs before a fork, also of what merges of models
+need.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from statsmerge_ext import run_merge, streamed
+from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401
+
+from statsmerge_ext import output, run_merge
 from statsmerge_ext.engine import streaming
 
 #: What changes files; a process that kills itself does so just before one of these.
@@ -66,7 +69,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def main(recipe: Path, directory: Path, kills: int) -> dict:
-    streamed._SECONDS_BETWEEN_SAVES = 0.0
+    output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     moments = random.Random(0)
     began = time.perf_counter()

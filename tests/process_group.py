@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import statsmerge_ext
-from statsmerge_ext import run_merge, streamed
+from statsmerge_ext import output, run_merge
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.engine import processes, streaming
 from statsmerge_ext.errors import ProcessError
@@ -92,7 +92,7 @@ def death(models: Path) -> dict:
 
     def dying() -> object:
         if dist.get_rank() == 1:
-            save, left = streamed._Saver.save_if_due, [3]
+            save, left = output._Saver.save_if_due, [3]
 
             def save_and_die(self, state):
                 save(self, state)
@@ -102,7 +102,7 @@ def death(models: Path) -> dict:
                 if not left[0]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            streamed._Saver.save_if_due = save_and_die
+            output._Saver.save_if_due = save_and_die
         return merging(models, "out", "task_arithmetic", {})()
 
     results = in_two_processes(dying)
@@ -152,6 +152,6 @@ def states(models: Path) -> dict:
 
 
 if __name__ == "__main__":
-    streamed._SECONDS_BETWEEN_SAVES = 0.0
+    output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     print(json.dumps({"same": same, "death": death, "states": states}[sys.argv[1]](Path(sys.argv[2]))))

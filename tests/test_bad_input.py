@@ -17,7 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from statsmerge_ext import streamed
+from statsmerge_ext import output
 from statsmerge_ext.checkpoints import open_checkpoint, writing
 from tests.tiny_models import (
     assert_refused,
@@ -168,9 +168,10 @@ def test_interruption(models, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     before = sorted([*files_in(models), "recipe.yaml"])
-    for place in (writing, streamed):  # of a merge in memory, and of one that is streamed
+    for place in (writing, output):  # of a merge in memory, and of one that is written while it is computed
         monkeypatch.setattr(place, "ShardedWeights", interrupt)
-    for recipe in ({}, {"method": "lot", "calibration": {"data": "texts.txt"}}):
+    data = {"method": "lot", "calibration": {"data": "texts.txt"}}
+    for recipe in ({}, data, {**data, "buffers": "reestimate"}):
         assert merge(models, **recipe) == 130
         assert capsys.readouterr().err == "interrupted\n"
         assert before == files_in(models)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import statsmerge_ext
-from statsmerge_ext import run_merge, streamed
+from statsmerge_ext import output, run_merge
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.checkpoints.partial import PartialOutput
 from statsmerge_ext.engine import streaming
@@ -183,7 +183,7 @@ def test_killed_at_random_moments_the_same_command_ends_in_the_same_files(tmp_pa
 
 def interrupted_after(monkeypatch, pieces: int, error: BaseException) -> None:
     """Have the next merge fail when it has written so many pieces, all of them in its journal."""
-    save, left = streamed._Saver.save_if_due, [pieces]
+    save, left = output._Saver.save_if_due, [pieces]
 
     def save_and_fail(self, state):
         save(self, state)
@@ -193,9 +193,9 @@ def interrupted_after(monkeypatch, pieces: int, error: BaseException) -> None:
         if not left[0]:
             raise error
 
-    monkeypatch.setattr(streamed, "_SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(output, "_SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(streaming, "_LONGEST", streaming.BLOCK)
-    monkeypatch.setattr(streamed._Saver, "save_if_due", save_and_fail)
+    monkeypatch.setattr(output._Saver, "save_if_due", save_and_fail)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -23,6 +23,28 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
         CheckpointError: there is no configuration, transformers lacks the architecture, the file's tensors are not
             those of the model, or one holds NaN or infinity.
     """
+    model_class = architecture(checkpoint)
+    import transformers
+
+    name = model_class.__name__
+    state = {key: check_finite(key, tensor, checkpoint.file(key)) for key, tensor in checkpoint.items()}
+    with quiet_transformers(transformers.utils.logging):
+        try:
+            config = configuration(checkpoint)
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            )
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{checkpoint.path}: transformers cannot build {name}: {error}") from error
+    if info["missing_keys"]:
+        raise CheckpointError(f"{checkpoint.path}: lacks tensor {min(info['missing_keys'])!r} of {name}")
+    if info["unexpected_keys"]:
+        raise CheckpointError(f"{checkpoint.path}: has tensor {min(info['unexpected_keys'])!r}, which {name} has not")
+    return model.eval()
+
+
+def architecture(checkpoint: Checkpoint) -> type[nn.Module]:
+    """The class of transformers that config.json names. Raises CheckpointError as :func:`build_model`."""
     if checkpoint.config is None:
         raise CheckpointError(
             f"{checkpoint.path}: a method that runs the model needs a Hugging Face directory with config.json"
@@ -36,20 +58,22 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
     model_class = getattr(transformers, str(name), None)
     if model_class is None:
         raise CheckpointError(f"{checkpoint.path}/config.json: transformers has no architecture {name!r}")
-    state = {key: check_finite(key, tensor, checkpoint.file(key)) for key, tensor in checkpoint.items()}
-    with quiet_transformers(transformers.utils.logging):
-        try:
-            config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-            model, info = model_class.from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-            )
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{checkpoint.path}: transformers cannot build {name}: {error}") from error
-    if info["missing_keys"]:
-        raise CheckpointError(f"{checkpoint.path}: lacks tensor {min(info['missing_keys'])!r} of {name}")
-    if info["unexpected_keys"]:
-        raise CheckpointError(f"{checkpoint.path}: has tensor {min(info['unexpected_keys'])!r}, which {name} has not")
-    return model.eval()
+    return model_class
+
+
+def configuration(checkpoint: Checkpoint) -> object:
+    """The parsed configuration of a directory that :func:`architecture` has a class for.
+
+    The experts of a mixture are to be called one by one, so that it is seen which tokens each of them gets; and nothing
+    is to be kept of earlier tokens, which would grow with the model's depth.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
+    for part in (config, *(part for part in parts if part is not None)):
+        part._experts_implementation, part.use_cache = "eager", False
+    return config
 
 
 def module_state(checkpoint: Checkpoint, model: nn.Module) -> Mapping[str, Tensor]:

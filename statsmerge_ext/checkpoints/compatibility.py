@@ -115,6 +115,9 @@ class Renamed(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def shape(self, name: str) -> torch.Size:
         return shape_of(self._state, self._names[name])
 

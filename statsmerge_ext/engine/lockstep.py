@@ -1,9 +1,9 @@
 """Many forward passes through the same layers, side by side.
 
-Each pass runs in a thread of its own that is suspended whenever one of the watched layers is about to be called.
-Between two steps all of them wait, and the weights of a layer may be changed in place: what comes after sees the new
-ones. A model of any module tree is thus gone through once, in execution order, with no more in memory than what the
-passes hold at one layer. Passes share nothing that they write to, so results do not depend on scheduling.
+Each pass runs in a thread of its own that is suspended whenever something watched is about to be called. Between two
+steps all of them wait, and the weights of a layer may be changed in place: what comes after sees the new ones. A model
+of any module tree is thus gone through once, in execution order, with no more in memory than what the passes hold at
+one layer. Passes share nothing that they write to, so results do not depend on scheduling.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -55,15 +56,19 @@ def lockstep(
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
     uses = Counter(id(model) for model, _ in passes)
+
+    def watch(model: nn.Module, suspend: Callable[[Observation], None]) -> AbstractContextManager:
+        return observe(model, layers, suspend)
+
     running = [
-        _Pass(sharing_copy(model) if uses[id(model)] > 1 else model, layers, forward, batch) for model, batch in passes
+        Pass(sharing_copy(model) if uses[id(model)] > 1 else model, watch, forward, batch) for model, batch in passes
     ]
     try:
         _advance(running)
-        while waiting := [each.observation.layers for each in running if each.observation]:
+        while waiting := [each.at.layers for each in running if each.at]:
             now = min(waiting, key=lambda at: places[at[0].name])
-            arrived = [each for each in running if each.observation and each.observation.layers == now]
-            yield Step(now, [each.observation if each in arrived else None for each in running])
+            arrived = [each for each in running if each.at and each.at.layers == now]
+            yield Step(now, [each.at if each in arrived else None for each in running])
             _advance(arrived)
     finally:
         for each in running:
@@ -71,8 +76,8 @@ def lockstep(
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def _advance(passes: list[_Pass]) -> None:
-    """Let ``passes`` go on to their next observations or ends, as many at a time as torch has threads, each with its
+def _advance(passes: list[Pass]) -> None:
+    """Let ``passes`` go on to their next places or ends, as many at a time as torch has threads, each with its
     share of them. Raises what a forward pass raises."""
     threads = torch.get_num_threads()
     together = min(threads, len(passes))
@@ -88,24 +93,44 @@ def _advance(passes: list[_Pass]) -> None:
         torch.set_num_threads(threads)
 
 
-class _GivenUp(BaseException):
-    """Unwinds a suspended forward pass; no handler of the model's own is meant to catch it."""
+class GivenUp(BaseException):
+    """Unwinds a forward pass of which nothing more is needed; no handler of the model's own is meant to catch it."""
 
 
-class _Pass:
-    """One forward pass, suspended wherever ``observation`` says; None at its end."""
+class Pass:
+    """One forward pass, suspended wherever it is told to be.
 
-    def __init__(self, model: nn.Module, layers: list[Layer], forward: Callable, batch: object) -> None:
-        self.observation: Observation | None = None
+    Args:
+        model, batch: what is run by ``forward(model, batch)``, without gradients.
+        watch: ``watch(model, suspend)`` is the context of the whole pass; what it installs calls ``suspend(place)``
+            from the pass's thread to stop there, or raises :class:`GivenUp` to end the pass.
+
+    Attributes:
+        at: the place where it is suspended; None before its beginning and after its end.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        watch: Callable[[nn.Module, Callable[[object], None]], AbstractContextManager],
+        forward: Callable[[nn.Module, object], object],
+        batch: object,
+    ) -> None:
+        self.at: object | None = None
         self._error: BaseException | None = None
         self._abandoned = False
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model, layers, forward, batch), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(model, watch, forward, batch), daemon=True)
         self._thread.start()
 
+    def advance(self) -> None:
+        """Go on to the next place, or to the end. Raises what the forward pass raises."""
+        self.go_on()
+        self.wait()
+
     def go_on(self) -> None:
-        """Go on to the next observation, or to the end."""
-        self.observation = None
+        """Set out for the next place, or the end."""
+        self.at = None
         self._go.release()
 
     def wait(self) -> None:
@@ -117,28 +142,28 @@ class _Pass:
     def give_up(self) -> None:
         """End the pass wherever it is."""
         self._abandoned = True
-        self.observation = None
+        self.at = None
         self._go.release()
         self._thread.join()
 
-    def _run(self, model: nn.Module, layers: list[Layer], forward: Callable, batch: object) -> None:
+    def _run(self, model: nn.Module, watch: Callable, forward: Callable, batch: object) -> None:
         self._go.acquire()
         try:
             if not self._abandoned:
-                with torch.no_grad(), observe(model, layers, self._suspend):
+                with torch.no_grad(), watch(model, self._suspend):
                     forward(model, batch)
-        except _GivenUp:
+        except GivenUp:
             pass
         except BaseException as error:  # raised again where the pass was asked to go on
             self._error = error
         self._paused.release()
 
-    def _suspend(self, observation: Observation) -> None:
-        self.observation = observation
+    def _suspend(self, place: object) -> None:
+        self.at = place
         self._paused.release()
         self._go.acquire()
         if self._abandoned:
-            raise _GivenUp
+            raise GivenUp
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

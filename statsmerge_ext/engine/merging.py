@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -231,15 +231,22 @@ def solve(
     if journal is not None and "batches" in chosen.needs:
         problem.journal = Journal(journal, _identity(problem, chosen.name, hyperparameters))
     solution = chosen(problem, **hyperparameters)
-    facts = {
-        "method": chosen.name,
-        "hyperparameters": {k: _plain(v) for k, v in {**chosen.hyperparameters, **hyperparameters}.items()},
-        "experts": list(states),
+    facts = facts_for_report(chosen, hyperparameters, list(states), buffers, seed)
+    facts["layers"] = layer_report(layers, evidence.seen if "grams" in chosen.needs else None)
+    return Solved(problem, solution, facts, start, collected)
+
+
+def facts_for_report(
+    method: Method, hyperparameters: Mapping[str, object], experts: list[str], buffers: str, seed: int
+) -> dict:
+    """What was asked for, JSON-able."""
+    return {
+        "method": method.name,
+        "hyperparameters": {k: _plain(v) for k, v in {**method.hyperparameters, **hyperparameters}.items()},
+        "experts": experts,
         "buffers": buffers,
         "seed": seed,
-        "layers": _layer_report(layers, evidence if "grams" in chosen.needs else None),
     }
-    return Solved(problem, solution, facts, start, collected)
 
 
 def default_forward(model: nn.Module, batch: object) -> object:
@@ -307,12 +314,16 @@ def _complete(problem: MergeProblem, solution: Solution, buffers: str) -> dict[s
     return {key: merged[key] if key in merged else rest[key] for key in problem.base}
 
 
-def _layer_report(layers: list[Layer], evidence: GramEvidence | None) -> dict:
+def layer_report(layers: list[Layer], seen: Container[str] | None) -> dict:
+    """What became of each kind of layer, JSON-able.
+
+    ``seen`` are the names of the layers that evidence was collected of; None where none was needed.
+    """
     kinds: dict[str, int] = {}
     for layer in layers:
         kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
     report = {"kinds": kinds, "bare_parameters": [x.name for x in layers if x.kind == "other"]}
-    if evidence is not None:
-        report["never_called"] = [x.name for x in layers if x.source and not evidence.has(x)]
+    if seen is not None:
+        report["never_called"] = [layer.name for layer in layers if layer.source and layer.name not in seen]
         report["tied"] = {x.name: list(x.tied) for x in layers if x.tied}
     return report

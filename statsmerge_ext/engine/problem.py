@@ -7,7 +7,7 @@ many of them are in memory and where they go is decided here, so that a method n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -77,16 +77,21 @@ class MergeProblem:
     progress: bool = False
     memory_budget: int | None = None
 
-    def stream(self, layers: Iterable[Layer], *, whole: bool) -> Stream:
+    def stream(self, layers: Iterable[Layer], *, whole: bool, alone: Container[str] = ()) -> Stream:
         """The pieces of ``layers`` of base and experts, within the memory budget. Raises MethodError as its class."""
-        return Stream(self.base, self.experts.values(), layers, whole=whole, memory_budget=self.memory_budget)
+        experts, budget = self.experts.values(), self.memory_budget
+        return Stream(self.base, experts, layers, whole=whole, alone=alone, memory_budget=budget)
 
     def differences(self, layer: Layer, base: Tensor, experts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Corresponding elements of base and experts as merging computes with them: base, and the task vectors.
 
-        Raises CheckpointError where one holds NaN or infinity.
+        ``experts`` may be empty, for a layer that is merged without them. Raises CheckpointError where one holds NaN or
+        infinity.
         """
         reference = _computed(base)
+        if not experts:
+            check_finite(layer.parameter, base, self.base_source)
+            return reference, []
         task_vectors = [_computed(expert) - reference for expert in experts]
         for name, expert, task_vector in zip(self.experts, experts, task_vectors, strict=True):
             # As in check_finite; the difference proves it of both.
@@ -117,14 +122,19 @@ class MergeProblem:
         """
         return self._differences(layer, self.base_part(layer))
 
-    def map_layers(self, merge: Callable[[Layer, Tensor, list[Tensor]], Tensor], **solution) -> Solution:
+    def map_layers(
+        self, merge: Callable[[Layer, Tensor, list[Tensor]], Tensor], *, alone: Container[str] = (), **solution
+    ) -> Solution:
         """The solution that applies ``merge(layer, base part, task vectors) -> merged part`` to every layer.
 
+        Of the layers whose names are in ``alone`` the experts are not read and the task vectors are an empty list.
         ``solution`` completes the result. What is computed raises CheckpointError where an input holds NaN or infinity.
         """
-        return Solution(
-            MergedLayers(self, lambda piece, *tensors: merge(piece.layer, *tensors), whole=True), **solution
-        )
+
+        def of_piece(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
+            return merge(piece.layer, base, task_vectors)
+
+        return Solution(MergedLayers(self, of_piece, whole=True, alone=alone), **solution)
 
     def map_elements(self, merge: Callable[[Piece, Tensor, list[Tensor]], Tensor], **solution) -> Solution:
         """As :meth:`map_layers`, for methods whose merged elements depend on the same elements of the models alone.
@@ -159,12 +169,18 @@ class MergedLayers(Mapping[str, Tensor]):
         problem: the models.
         merge: (piece, base, task vectors) -> merged: of whole layers in their shapes, or of some of their elements.
         whole: which of the two.
+        alone: as in :meth:`MergeProblem.map_layers`.
     """
 
     def __init__(
-        self, problem: MergeProblem, merge: Callable[[Piece, Tensor, list[Tensor]], Tensor], *, whole: bool
+        self,
+        problem: MergeProblem,
+        merge: Callable[[Piece, Tensor, list[Tensor]], Tensor],
+        *,
+        whole: bool,
+        alone: Container[str] = (),
     ) -> None:
-        self._problem, self._merge, self._whole = problem, merge, whole
+        self._problem, self._merge, self._whole, self._alone = problem, merge, whole, alone
         self._layers: dict[str, list[Layer]] = {}
         for layer in problem.layers:
             self._layers.setdefault(layer.parameter, []).append(layer)
@@ -188,7 +204,7 @@ class MergedLayers(Mapping[str, Tensor]):
     def stream(self, names: Iterable[str]) -> Stream:
         """The pieces of the parameters ``names``, for :meth:`merged`. Raises MethodError as :class:`Stream`."""
         layers = [layer for name in names for layer in self._layers[name]]
-        return self._problem.stream(layers, whole=self._whole)
+        return self._problem.stream(layers, whole=self._whole, alone=self._alone)
 
     def merged(self, piece: Piece, base: Tensor, experts: list[Tensor]) -> Tensor:
         """The merged ``piece``, flat, in the base's dtype, from what base and experts hold there."""

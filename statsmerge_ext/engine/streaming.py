@@ -7,7 +7,7 @@ write one piece while the next ones are on their way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -62,6 +62,7 @@ class Stream:
         base, experts: the models: checkpoints, state dicts, or views of either.
         layers: the layers, in the order in which they come.
         whole: never cut a layer: what is computed needs all of it.
+        alone: names of layers of which only the base is read, if they are whole.
         memory_budget: bytes of the models that may be in memory at a time; None: a default, exceeded where it must.
 
     Raises:
@@ -75,9 +76,10 @@ class Stream:
         layers: Iterable[Layer],
         *,
         whole: bool,
+        alone: Container[str] = (),
         memory_budget: int | None = None,
     ) -> None:
-        self._whole = whole
+        self._whole, self._alone = whole, alone
         self._states = [base, *experts]
         budget = memory_budget or DEFAULT_BUDGET
         layers = list(layers)
@@ -150,7 +152,7 @@ class Stream:
     def _read(self, piece: Piece, free: list[Tensor]) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Memory to be given back, and the piece of base and experts in it."""
         if not self._can_be_cut(piece.layer):
-            base, *experts = (piece.read(state) for state in self._states)
+            base, *experts = (piece.read(state) for state in self._read_of(piece.layer))
             return None, base, experts
         try:
             memory = free.pop()
@@ -163,12 +165,17 @@ class Stream:
     def _can_be_cut(self, layer: Layer) -> bool:
         return not self._whole and all(has_runs(state, layer.parameter) for state in self._states)
 
+    def _read_of(self, layer: Layer) -> list[Mapping[str, Tensor]]:
+        """The models that ``layer`` is read of."""
+        return self._states[:1] if self._whole and layer.name in self._alone else self._states
+
     def _width(self, layer: Layer) -> int:
         """Bytes an element takes: of each model as it is read, all of them as wide as the widest; and of the result."""
-        return (len(self._states) + 1) * max(dtype_of(state, layer.parameter).itemsize for state in self._states)
+        states = self._read_of(layer)
+        return (len(states) + 1) * max(dtype_of(state, layer.parameter).itemsize for state in states)
 
     def _bytes(self, piece: Piece) -> int:
         """Bytes a piece takes; where it is not computed block by block, with its intermediate results."""
         if self._can_be_cut(piece.layer):
             return self._slot
-        return piece.count * (self._width(piece.layer) + 4 * (len(self._states) + 2))
+        return piece.count * (self._width(piece.layer) + 4 * (len(self._read_of(piece.layer)) + 2))

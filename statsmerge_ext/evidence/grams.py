@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from statsmerge_ext import ops
+from statsmerge_ext.checkpoints import check_finite
 from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.errors import CalibrationError
 from statsmerge_ext.evidence.artefact import load_artefact, save_artefact
@@ -54,9 +55,10 @@ class GramEvidence:
 
     _TENSORS: ClassVar = ("grams", "products", "diagonals", "weights")
 
-    def has(self, layer: Layer) -> bool:
-        """Whether ``layer`` was seen at all: a module that was never called has no evidence."""
-        return layer.name in self.products or layer.name in self.weights
+    @property
+    def seen(self) -> set[str]:
+        """The names of the layers that there is evidence of: a module that was never called has none."""
+        return {*self.products, *self.weights}
 
     def shallow_copy(self) -> GramEvidence:
         """The same sums, which whoever holds the copy can drop one by one."""
@@ -124,7 +126,7 @@ def collect_grams(
     names = list(experts)
     evidence = GramEvidence(names)
     shapes = {layer.name: base[layer.parameter].shape for layer in layers}
-    collector = _Collector(evidence.leaders, shapes, gram_dtype, share_inputs)
+    collector = Collector(evidence.leaders, shapes, gram_dtype, share_inputs)
     samples, tokens = {}, {}
     model = borrowing_copy(model).eval()
     for k, name in enumerate(tqdm(names, desc="Gram matrices", unit="expert", disable=not progress)):
@@ -137,11 +139,9 @@ def collect_grams(
                 forward(model, batch)
         if not samples[name]:
             raise CalibrationError(f"calibration: no batches for expert {name!r}: expected at least one sample")
-        _add_expert(evidence, collector, layers, base, experts[name], k)
+        add_expert(evidence, collector, layers, base, experts[name], k)
         tokens[name] = dict(collector.tokens)
-    collector.grams.clear()
-    for leader in list(collector.totals):
-        evidence.grams[leader] = collector.totals.pop(leader).whole()
+    finish(evidence, collector)
     fingerprints = {
         "base": fingerprint(base),
         "experts": {name: fingerprint(state) for name, state in experts.items()},
@@ -150,37 +150,50 @@ def collect_grams(
     return evidence
 
 
-def _add_expert(
+def finish(evidence: GramEvidence, collector: Collector) -> None:
+    """Give ``evidence`` the sums of Gram matrices over all experts, which ``collector`` is relieved of."""
+    collector.grams.clear()
+    for leader in list(collector.totals):
+        evidence.grams[leader] = collector.totals.pop(leader).whole()
+
+
+def add_expert(
     evidence: GramEvidence,
-    collector: _Collector,
+    collector: Collector,
     layers: list[Layer],
     base: Mapping[str, Tensor],
     expert: Mapping[str, Tensor],
     k: int,
 ) -> None:
-    """Add expert number ``k``, whose own sums are in ``collector``, to ``evidence``."""
+    """Add what ``collector`` has summed of expert number ``k`` to ``evidence``; of one expert it may come in parts.
+
+    Raises CheckpointError where a weight that a Gram matrix belongs to holds NaN or infinity.
+    """
     count = len(evidence.experts)
     for leader, gram in collector.grams.items():
         ops.symmetrize_(gram)
         diagonals = evidence.diagonals.setdefault(leader, gram.new_zeros(count, *gram.shape[:2]))
-        diagonals[k] = gram.diagonal(dim1=-2, dim2=-1)
+        diagonals[k] += gram.diagonal(dim1=-2, dim2=-1)
         if leader not in collector.totals:
             collector.totals[leader] = TriangleSum(gram)
         collector.totals[leader].add(gram)
     for name, weights in collector.weights.items():
-        evidence.weights.setdefault(name, weights.new_zeros(count, *weights.shape))[k] = weights
+        evidence.weights.setdefault(name, weights.new_zeros(count, *weights.shape))[k] += weights
     for layer in layers:
         gram = collector.grams.get(evidence.leaders.get(layer.name))
         if gram is None:
             continue
         task_vector = layer.part(expert[layer.parameter]).to(gram) - layer.part(base[layer.parameter]).to(gram)
+        if not math.isfinite(task_vector.sum()):  # as in check_finite; the difference proves it of both
+            check_finite(layer.parameter, base[layer.parameter], "base")
+            check_finite(layer.parameter, expert[layer.parameter], f"expert {evidence.experts[k]!r}")
         matrices = layer.matrices(task_vector)
         if layer.name not in evidence.products:
             evidence.products[layer.name] = torch.zeros_like(matrices)
         ops.gram_accumulate_(evidence.products[layer.name], matrices.mT, other=gram)
 
 
-class _Collector:
+class Collector:
     """The sums over one expert's samples, the Grams' over all experts so far, and who shares what."""
 
     def __init__(

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from statsmerge_ext.layers import Layer
 
+_LINEAR_FUNCTION = F.linear
 _CONVOLUTION_FUNCTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
@@ -49,6 +50,7 @@ class Observation:
         features: computes them: [..., in] for "input"-like sources, the input [N, C, *spatial] for "patches",
             [..., *scale shape] for "normalised", the indices themselves for "indices".
         tokens_first: the module's sequences are laid out [tokens, batch, …] instead of [batch, tokens, …].
+        selected: the rows are some of all tokens, in an order of their own, that no mask fits.
     """
 
     layers: tuple[Layer, ...]
@@ -56,11 +58,12 @@ class Observation:
     view: Geometry | tuple
     features: Callable[[], Tensor]
     tokens_first: bool = False
+    selected: bool = False
 
     def token_weight(self, mask: Tensor | None, tokens: torch.Size) -> Tensor | None:
         """A batch's attention ``mask`` [N, T] as factors of an input whose leading dimensions are ``tokens``; None
         where every row counts."""
-        if mask is None:
+        if mask is None or self.selected:
             return None
         if self.tokens_first:
             mask = mask.T
@@ -77,7 +80,8 @@ class Observation:
 def observe(model: nn.Module, layers: list[Layer], receive: Callable[[Observation], None]) -> Iterator[None]:
     """While the context is open, every call of a module of ``model`` that owns one of ``layers`` is reported.
 
-    Convolutions are seen where torch is called, not where their module is: a subclass may pad in its own way.
+    Convolutions are seen where torch is called, not where their module is: a subclass may pad in its own way. So are
+    the experts of a mixture that share a module and its parameters.
     """
     watcher = _Watcher(receive)
     by_module: dict[str, list[Layer]] = {}
@@ -92,6 +96,9 @@ def observe(model: nn.Module, layers: list[Layer], receive: Callable[[Observatio
             module = model.get_submodule(path)
             if owned[0].source == "patches":
                 watcher.convolutions[id(module.weight)] = tuple(owned)
+            elif owned[0].source == "product":
+                for layer in owned:
+                    watcher.products.setdefault(id(model.get_parameter(layer.parameter)), []).append(layer)
             else:
                 hook = watcher.hook(module, tuple(owned))
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -104,18 +111,21 @@ def observe(model: nn.Module, layers: list[Layer], receive: Callable[[Observatio
 
 
 class _Watcher(TorchFunctionMode):
-    """The hooks' shared state; as a function mode it sees the convolutions."""
+    """The hooks' shared state; as a function mode it sees convolutions, and products with bare weights."""
 
     def __init__(self, receive: Callable[[Observation], None]) -> None:
         super().__init__()
         self.receive = receive
         self.convolutions: dict[int, tuple[Layer, ...]] = {}
+        self.products: dict[int, list[Layer]] = {}
         self.quiet = False  # set while a hook itself calls the module it watches
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _CONVOLUTION_FUNCTIONS:
             self._convolution(*args, **kwargs)
+        elif function is _LINEAR_FUNCTION and self.products:
+            self._product(*args, **kwargs)
         return function(*args, **kwargs)
 
     def _convolution(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> None:
@@ -131,6 +141,14 @@ class _Watcher(TorchFunctionMode):
             )
             batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
             self.receive(Observation(layers, input, geometry, lambda: batched))
+
+    def _product(self, input, weight, bias=None) -> None:
+        stack = weight if weight._base is None else weight._base
+        layers = self.products.get(id(stack))
+        if layers is None or stack.shape[-2:] != weight.shape:
+            return
+        place = (weight.storage_offset() - stack.storage_offset()) // weight.numel()
+        self.receive(Observation((layers[place],), input, (), lambda: input, selected=stack.dim() == 3))
 
     def hook(self, module: nn.Module, layers: tuple[Layer, ...]):
         """The forward pre-hook of ``module``, which owns ``layers``."""

@@ -12,7 +12,7 @@ from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("lot", needs=("grams",))
+@register_method("lot", needs=("grams",), by_layer=True)
 def lot(
     problem: MergeProblem, *, scaling_factor: float = 1.2, ridge: float = 1e-4, rcond: float | None = None
 ) -> Solution:
@@ -49,4 +49,4 @@ def lot(
             optimal = ops.diagonal_solve(weights.sum(0), weighted, optimal)
         return base + scaling_factor * optimal
 
-    return problem.map_layers(merge, notes={"solutions": solver.quality})
+    return problem.map_layers(merge, alone=evidence.leaders, notes={"solutions": solver.quality})

@@ -42,15 +42,22 @@ _methods: dict[str, Method] = {}
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its ``name``, ``function``, what it ``needs`` and its ``hyperparameters`` with defaults."""
+    """A registered method: its ``name``, ``function``, what it ``needs`` and its ``hyperparameters`` with defaults.
+
+    ``by_layer`` says that what becomes of a layer depends on that layer and its evidence alone, so that the method may
+    be given the layers of a model in several problems, and that its result is no more than parameters and notes.
+    """
 
     name: str
     function: Callable[..., Solution]
     needs: frozenset[str]
     hyperparameters: Mapping[str, object]
+    by_layer: bool = False
 
     @classmethod
-    def of(cls, name: str, function: Callable[..., Solution], needs: Iterable[str] = ()) -> Method:
+    def of(
+        cls, name: str, function: Callable[..., Solution], needs: Iterable[str] = (), *, by_layer: bool = False
+    ) -> Method:
         """The method that ``function`` is.
 
         Raises MethodError if ``needs`` holds something unknown, or a hyperparameter has the name of an argument of
@@ -62,7 +69,7 @@ class Method:
         _, *arguments = inspect.signature(function).parameters.values()
         if taken := sorted(RESERVED.intersection(argument.name for argument in arguments)):
             raise MethodError(f"method {name!r}: its hyperparameter {taken[0]!r} is an argument of merge; rename it")
-        return cls(name, function, needs, {argument.name: argument.default for argument in arguments})
+        return cls(name, function, needs, {argument.name: argument.default for argument in arguments}, by_layer)
 
     def check(self, hyperparameters: Iterable[str]) -> None:
         """Raise MethodError for a hyperparameter that the method does not take."""
@@ -78,8 +85,8 @@ class Method:
         return self.function(problem, **hyperparameters)
 
 
-def register_method(name: str, *, needs: Iterable[str] = ()) -> Callable:
-    """Decorator that makes a function available as the method ``name``.
+def register_method(name: str, *, needs: Iterable[str] = (), by_layer: bool = False) -> Callable:
+    """Decorator that makes a function available as the method ``name``; ``needs`` and ``by_layer`` as :class:`Method`.
 
     Raises MethodError if the name is taken, and as :meth:`Method.of`.
     """
@@ -87,7 +94,7 @@ def register_method(name: str, *, needs: Iterable[str] = ()) -> Callable:
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
         if name in _methods and _methods[name].function is not function:
             raise MethodError(f"a method named {name!r} is already registered")
-        _methods[name] = Method.of(name, function, needs)
+        _methods[name] = Method.of(name, function, needs, by_layer=by_layer)
         return function
 
     return register

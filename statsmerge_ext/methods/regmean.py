@@ -12,7 +12,7 @@ from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("regmean", needs=("grams",))
+@register_method("regmean", needs=("grams",), by_layer=True)
 def regmean(problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95, rcond: float | None = None) -> Solution:
     """W = (Σ W_k Ĝ_k)(Σ Ĝ_k)^† for linear and convolution weights, Ĝ_k being G_k with its off-diagonal entries
     multiplied by ``reduce_non_diagonal_ratio``; every other parameter is the experts' mean.
@@ -48,7 +48,7 @@ def regmean(problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95, r
             return base + solver.solve(layer, base)
         return base + torch.stack(task_vectors).mean(0)
 
-    return problem.map_layers(merge, notes={"solutions": solver.quality})
+    return problem.map_layers(merge, alone=evidence.leaders, notes={"solutions": solver.quality})
 
 
 def check_ratio(reduce_non_diagonal_ratio: float) -> None:

@@ -182,6 +182,16 @@ def test_strides(view):
     torch.testing.assert_close(projection, ours.S[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", _C.build_info()["cpu_targets"])
+@pytest.mark.parametrize("decay", [0.3, 0.5])
+def test_most_of_the_triplets(target, decay, with_target):
+    """The search space has then more dimensions than the matrix has rows: many of its singular values are rounding."""
+    mat = with_spectrum(120, 400, torch.arange(1, 121).double() ** -decay)
+    with with_target(target):
+        result = topk_svd(mat[None], 95, vectors=True)
+    assert relative_error(result.S[0], torch.linalg.svdvals(mat)[:95]) < 1e-6
+
+
 def test_k_up_to_the_smallest_dimension():
     for shape in ((40, 50), (70, 45), (33, 33)):
         mat = torch.randn(shape, dtype=torch.float64)

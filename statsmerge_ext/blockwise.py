@@ -1,0 +1,292 @@
+"""A merge of a transformers model block by block, from disk to disk: evidence, solution and output of one at a time."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from statsmerge_ext.calibration import Batch
+from statsmerge_ext.checkpoints import Checkpoint, check_compatible
+from statsmerge_ext.checkpoints.compatibility import Renamed, dtype_of, floating_names, shape_of
+from statsmerge_ext.checkpoints.header import TensorInfo
+from statsmerge_ext.checkpoints.skeleton import FileNames, build_skeleton
+from statsmerge_ext.engine import processes
+from statsmerge_ext.engine.block_evidence import BlockSweep
+from statsmerge_ext.engine.blocks import Block, BlockModel
+from statsmerge_ext.engine.buffers import merge_buffers
+from statsmerge_ext.engine.carried import CarriedStates
+from statsmerge_ext.engine.merging import default_forward, facts_for_report, layer_report
+from statsmerge_ext.engine.problem import MergedLayers, MergeProblem
+from statsmerge_ext.engine.streaming import DEFAULT_BUDGET
+from statsmerge_ext.engine.together import samples
+from statsmerge_ext.evidence import GramEvidence
+from statsmerge_ext.layers import Layer
+from statsmerge_ext.methods import Method
+from statsmerge_ext.output import ResumableOutput, resumable_output
+
+# Elements of a layer without Gram matrix that are merged at a time, so that a long table is never in memory whole.
+_ELEMENTS = 2**22
+
+
+class BlockMerge:
+    """A merge by a method that looks at one layer at a time, of checkpoints that transformers can load.
+
+    Args:
+        method: one that is ``by_layer`` and needs Gram matrices.
+        base, experts: checkpoints.
+        batches: expert -> unlabelled batches.
+        device: where the model runs.
+        hyperparameters: the method's.
+        seed: of all that is random.
+        memory_budget: bytes of hidden states that stay in memory between two blocks; None: a default.
+
+    Attributes:
+        facts: for the report.
+        coefficients, learner: None; such methods have neither.
+        left_over: floating-point tensors of the files that the model does not use, and that are not written.
+
+    Raises:
+        CheckpointError: as :func:`check_compatible`, :func:`build_skeleton` and :class:`FileNames`.
+        MethodError: a hyperparameter that the method does not take.
+        Exception: whatever the model raises when it is run; it may be one that cannot be taken block by block.
+    """
+
+    coefficients = learner = None
+
+    def __init__(
+        self,
+        method: Method,
+        base: Checkpoint,
+        experts: Mapping[str, Checkpoint],
+        batches: Mapping[str, list[Batch]],
+        device: str | torch.device,
+        *,
+        hyperparameters: Mapping[str, object],
+        seed: int,
+        memory_budget: int | None,
+    ) -> None:
+        method.check(hyperparameters)
+        self._method, self._hyperparameters, self._seed = method, hyperparameters, seed
+        self._batches, self._budget = batches, memory_budget or DEFAULT_BUDGET
+        fitting = check_compatible(base, experts)
+        skeleton = build_skeleton(base)
+        self._files = FileNames(skeleton, base)
+        self._stored = {"": base, **fitting}
+        self._base = self._files.state(base)
+        self._experts = {name: self._files.state(state) for name, state in fitting.items()}
+        self._sources = {name: f"expert {name!r} ({expert.path})" for name, expert in experts.items()}
+        self._base_source = f"base ({base.path})"
+        self._model = BlockModel(skeleton, device, default_forward)
+        self._calls = self._model.rehearse(next(iter(batches.values()))[0])
+        self._seen: set[str] = set()
+        self._notes: dict[str, dict] = {}
+        self._seconds = {"evidence": 0.0, "merge": 0.0}
+        self.left_over = self._files.left_over
+        self.facts = facts_for_report(method, hyperparameters, list(experts), "average", seed)
+
+    @property
+    def report(self) -> dict:
+        """As in :class:`~statsmerge_ext.engine.merging.MergeResult`."""
+        layers = layer_report(self._model.layers, self._seen)
+        return {**self.facts, "layers": layers, "seconds": dict(self._seconds), **self._notes}
+
+    def write(self, output: ResumableOutput, *, progress: bool) -> None:
+        """Write all tensors of the output; blocks that an earlier run has written are only gone through.
+
+        Raises as :class:`BlockSweep`, and what the method raises.
+        """
+        done: list[str] = []
+        for saved in output.saved:
+            done = saved["done"]
+            self._seen, self._notes = set(saved["seen"]), saved["notes"]
+        for name, tensor in self._beside_parameters().items():
+            output.write(name, output.converted(name, tensor))
+        carried = CarriedStates(output.scratch, self._budget, self._model.tensors)
+        sweep = BlockSweep(self._model, self._calls, self._base, self._experts, self._sources, self._batches, carried)
+        total = len(self._model.blocks) + 1
+        clock = time.perf_counter()
+        with (
+            closing(sweep.evidence(without=done)) as evidence,
+            tqdm(desc="Merging", unit="block", total=total, disable=not progress) as bar,
+        ):
+            for block, of_block in evidence:
+                collected = time.perf_counter()
+                if block.path not in done:
+                    self._write_block(block, of_block, self._experts, output)
+                    done = [*done, block.path]
+                    output.save_if_due({"done": done, "seen": sorted(self._seen), "notes": self._notes})
+                del of_block
+                self._seconds["evidence"] += collected - clock
+                clock = time.perf_counter()
+                self._seconds["merge"] += clock - collected
+                bar.update()
+
+    def estimate(self, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
+        """What the merge will need, from merging one block of each kind for two experts beside ``out``.
+
+        The other blocks are gone through with weights of zero.
+
+        Args:
+            infos: name → shape and dtype of every tensor of the output.
+            out: where the output shall be.
+
+        Returns: "bytes_read" (of base and experts), "seconds", and "memory": the largest resident size, in bytes.
+
+        Raises as :meth:`write`.
+        """
+        blocks = (*self._model.blocks, self._model.resident)
+        first: dict[tuple, str] = {}
+        like = {block.path: first.setdefault(self._kind(block), block.path) for block in blocks}
+        experts = dict(list(self._experts.items())[:2])
+        sample = {name: self._batches[name][:1] for name in experts}
+        measured = [block for block in blocks if like[block.path] == block.path]
+        names = {name for block in measured for layer in block.layers for name in self._files.sources(layer.parameter)}
+        solving: dict[str, float] = {}
+        parent = next(parent for parent in out.absolute().parents if parent.exists())
+        with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
+            carried = CarriedStates(Path(directory), self._budget, self._model.tensors)
+            sweep = BlockSweep(self._model, self._calls, self._base, experts, self._sources, sample, carried)
+            file = resumable_output(
+                Path(directory) / "sample.safetensors",
+                {name: infos[name] for name in names},
+                {},
+                resume=False,
+                shard_bytes=None,
+            )
+            others = like.keys() - {block.path for block in measured}
+            with file as output, closing(sweep.evidence(without=others, hollow=True)) as evidence:
+                for block, of_block in evidence:
+                    began = time.perf_counter()
+                    if block.path not in others:
+                        self._write_block(block, of_block, experts, output)
+                    solving[block.path] = time.perf_counter() - began
+        per_sample = _samples(self._batches) / _samples(sample)
+        per_expert = len(self._experts) / len(experts)
+
+        def seconds(path: str) -> float:
+            spent = sweep.seconds.get(path, {"experts": 0.0, "samples": 0.0})
+            return per_expert * spent["experts"] + per_sample * spent["samples"] + solving[path]
+
+        states = self._stored.values()
+        return {
+            "bytes_read": sum(
+                shape_of(state, name).numel() * dtype_of(state, name).itemsize
+                for state in states
+                for name in floating_names(state)
+            ),
+            "seconds": sum(seconds(like[block.path]) for block in blocks),
+            "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            + int(min(self._budget, per_sample * carried.most) - min(self._budget, carried.most)),
+        }
+
+    def _kind(self, block: Block) -> tuple:
+        """What blocks that take the same time have in common."""
+        shapes = [(key.removeprefix(block.path), self._model.shapes[key]) for key in block.keys]
+        return tuple(shapes), len(block.layers), block in self._calls
+
+    def _write_block(
+        self, block: Block, evidence: GramEvidence, experts: Mapping[str, Mapping[str, Tensor]], output: ResumableOutput
+    ) -> None:
+        problem = MergeProblem(
+            layers=list(_in_rows(block.layers, evidence, self._base)),
+            base=self._base,
+            experts=experts,
+            evidence=evidence,
+            base_source=self._base_source,
+            sources=self._sources,
+            seed=self._seed,
+        )
+        self._seen |= evidence.seen.intersection(layer.name for layer in block.layers)
+        solution = self._method(problem, **self._hyperparameters)
+        put_together: dict[str, Tensor] = {}
+        for key, first, merged in _merged(solution.parameters, problem):
+            if self._files.is_direct(key):
+                for name in self._files.direct[key]:
+                    output.write(name, output.converted(name, merged), first)
+            else:
+                whole = put_together.setdefault(key, merged.new_empty(self._model.shapes[key]))
+                whole.view(-1)[first : first + merged.numel()] = merged.reshape(-1)
+        for name, merged in self._files.stored(put_together).items():
+            output.write(name, output.converted(name, merged))
+        self._files.forget()
+        for name, note in solution.notes.items():
+            self._notes.setdefault(name, {}).update(note)
+
+    def _beside_parameters(self) -> dict[str, Tensor]:
+        """The tensors of the output that are no parameters, by their names in the files."""
+        parameters = {layer.parameter for layer in self._model.layers}
+        merged = {name for key in parameters for name in self._files.sources(key)}
+        base, *experts = self._stored.values()
+        names = [name for name in base if name not in merged and name not in self.left_over]
+
+        def beside(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return Renamed(state, {name: name for name in names})
+
+        states = dict(zip(self._experts, map(beside, experts), strict=True))
+        return merge_buffers(MergeProblem([], beside(base), states), {}, reestimate=False)
+
+
+def write_blockwise(
+    merge: BlockMerge,
+    out: Path,
+    infos: Mapping[str, TensorInfo],
+    identity: Mapping[str, object],
+    *,
+    progress: bool = False,
+    **writing: object,
+) -> None:
+    """Merge block by block and write the result, with all that belongs to it, whole or not at all.
+
+    Of several processes the first does all the work.
+
+    Args:
+        merge: what is to be merged.
+        out, infos, identity, writing: of :func:`resumable_output`.
+        progress: show a progress bar.
+
+    Raises as :meth:`BlockMerge.write` and :func:`resumable_output`.
+    """
+    with resumable_output(out, infos, identity, **writing) as output:
+        if processes.rank() == 0:
+            merge.write(output, progress=progress)
+
+
+def _merged(parameters: Mapping[str, Tensor], problem: MergeProblem) -> Iterator[tuple[str, int, Tensor]]:
+    """(key, first element, merged elements) of all parameters."""
+    if not isinstance(parameters, MergedLayers):
+        yield from ((key, 0, merged) for key, merged in parameters.items())
+        return
+    with closing(parameters.stream(parameters).results(parameters.merged)) as results:
+        for piece, merged in results:
+            yield piece.layer.parameter, piece.start(problem.base), merged
+
+
+def _samples(batches: Mapping[str, list[Batch]]) -> int:
+    return sum(samples(batch) for of_expert in batches.values() for batch in of_expert)
+
+
+def _in_rows(layers: Sequence[Layer], evidence: GramEvidence, base: Mapping[str, Tensor]) -> Iterator[Layer]:
+    """``layers``, those without Gram matrix cut into parts of a few rows; their ``evidence`` is cut with them."""
+    for layer in layers:
+        shape = shape_of(base, layer.parameter)
+        rows = layer.rows or (0, shape[0] if shape else 1)
+        step = max(1, _ELEMENTS // max(1, shape[1:].numel()))
+        if layer.name in evidence.leaders or rows[1] - rows[0] <= step:
+            yield layer
+            continue
+        weights = evidence.weights.get(layer.name)
+        for first in range(*rows, step):
+            last = min(first + step, rows[1])
+            part = replace(layer, name=f"{layer.name}[{first}:{last}]", rows=(first, last))
+            if weights is not None:
+                evidence.weights[part.name] = weights[:, first - rows[0] : last - rows[0]]
+            yield part

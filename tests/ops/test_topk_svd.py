@@ -187,9 +187,8 @@ def test_strides(view):
 def test_most_of_the_triplets(target, decay, with_target):
     """The search space has then more dimensions than the matrix has rows: many of its singular values are rounding."""
     mat = with_spectrum(120, 400, torch.arange(1, 121).double() ** -decay)
-    with with_target(target):
-        result = topk_svd(mat[None], 95, vectors=True)
-    assert relative_error(result.S[0], torch.linalg.svdvals(mat)[:95]) < 1e-6
+    result = with_target(target, lambda: topk_svd(mat[None], 95, vectors=True))
+    check_values(result.S[0], result.residual[0], mat, 1e-3)
 
 
 def test_k_up_to_the_smallest_dimension():

@@ -309,26 +309,29 @@ std::unique_ptr<PseudoInverse> pseudo_inverse(const LowerTriangle& c, double rid
   if (!load(c, ridge, matrix)) throw std::invalid_argument(name + " contains NaN or Inf");
   if (n <= kDirect) return std::make_unique<EigenInverse>(symmetric_eigen(std::move(work), n), n, rcond);
 
-  // A pivot is no less than the smallest eigenvalue, a diagonal entry no more than the largest.
+  // A pivot is no less than the smallest eigenvalue, a diagonal entry no more than the largest: where a pivot is too
+  // small, so is an eigenvalue.
   double largest_entry = 0;
   for (int64_t i = 0; i < n; ++i) largest_entry = std::max(largest_entry, matrix.row(i)[i]);
-  if (cholesky(matrix, kSafely * rcond * largest_entry)) {
+  const bool positive = cholesky(matrix, rcond * largest_entry);
+  if (positive) {
     auto inverse = std::make_unique<PositiveDefinite>(std::move(work), n);
     if (kSafely * rcond * inverse->spectrum.condition <= 1) return inverse;
     work = inverse->release();
   }
 
-  // Near the cut the factorisation of a shifted matrix decides.
   load(c, ridge, matrix);
   const double bound = largest_bound(matrix), cut = rcond * bound;
-  shift(matrix, -cut);
-  if (cholesky(matrix)) {
+  if (positive) {  // near the cut the factorisation of a shifted matrix decides
+    shift(matrix, -cut);
+    if (cholesky(matrix)) {
+      load(c, ridge, matrix);
+      cholesky(matrix);
+      return std::make_unique<PositiveDefinite>(std::move(work), n);
+    }
     load(c, ridge, matrix);
-    cholesky(matrix);
-    return std::make_unique<PositiveDefinite>(std::move(work), n);
   }
 
-  load(c, ridge, matrix);
   std::vector<int64_t> order;
   const auto most = static_cast<int64_t>(kThin * static_cast<double>(n));
   const double rounding = c.storage == Storage::f32 ? std::numeric_limits<float>::epsilon() : kEps;

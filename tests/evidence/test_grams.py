@@ -142,7 +142,7 @@ def test_saved_evidence_gives_the_same_merge(tmp_path):
     loaded = GramEvidence.load(tmp_path / "grams.safetensors")
     assert loaded.provenance == evidence.provenance and loaded.experts == evidence.experts
     direct = merge("lot", base=base, experts=experts, calibration=calibration).state
-    for source in (loaded, tmp_path / "grams.safetensors"):
+    for source in (loaded, loaded, tmp_path / "grams.safetensors"):  # a merge leaves the evidence as it was
         again = merge("lot", base=base, experts=experts, evidence=source).state
         assert all(torch.equal(direct[key], again[key]) for key in direct)
     other = {**experts, "b": fine_tuned(base, 77)}

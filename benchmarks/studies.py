@@ -24,7 +24,7 @@ PLAN = {
         "labels": 3,
         "start": 1,
         "quantisation": 1,
-        "transfer": 1,
+        "transfer": 4,
         "robustness": 1,
         "samples": 1,
         "statistics": 1,

@@ -1,5 +1,5 @@
-// gram_accumulate_, gram_accumulate_patches_ and symmetrize_ on the CPU: the operators' tensors as what the kernels see of them.
-// Shapes are checked by the Python wrappers.
+// gram_accumulate_, gram_accumulate_patches_ and symmetrize_ on the CPU: the operators' tensors as what the kernels see
+// of them. Shapes are checked by the Python wrappers.
 #include "common/tensors.h"
 #include "cpu/kernels/gram.h"
 #include "cpu/kernels/mirror.h"

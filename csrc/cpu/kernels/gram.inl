@@ -48,8 +48,8 @@ STATSMERGE_INLINE void pack_image(const LaneTile<Acc>& tile, int64_t image, Acc*
       }
       std::memset(plane, 0, static_cast<size_t>(begin * pitch) * sizeof(Acc));
       std::memset(plane + end * pitch, 0, static_cast<size_t>((width - end) * pitch) * sizeof(Acc));
-      const T* from = reinterpret_cast<const T*>(tile.data) + image * tile.image_stride + z * p.element_stride[0] + y * p.element_stride[1] +
-                      (x + begin) * p.element_stride[2];
+      const T* from = reinterpret_cast<const T*>(tile.data) + image * tile.image_stride + z * p.element_stride[0] +
+                      y * p.element_stride[1] + (x + begin) * p.element_stride[2];
       Acc* to = plane + begin * pitch;
       if (p.channel_stride == 1 && p.element_stride[2] == p.channels) {
         pack_run<Acc>(from, tile.lanes, tile.lane_stride, 1, (end - begin) * p.channels, to, lanes);

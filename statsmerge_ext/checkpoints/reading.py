@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -153,11 +154,14 @@ class _SafetensorsFile:
         self.infos, self.metadata = read_header(path)
         self._handle = None
         self._file: FileIO | None = None
+        # Of threads that open the file at once the last would close the others' descriptors, amid their reading.
+        self._opening = threading.Lock()
 
     def read(self, name: str) -> Tensor:
         try:
-            if self._handle is None:
-                self._handle = safe_open(self.path, framework="pt", device="cpu")
+            with self._opening:
+                if self._handle is None:
+                    self._handle = safe_open(self.path, framework="pt", device="cpu")
             return self._handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
@@ -168,8 +172,9 @@ class _SafetensorsFile:
         data = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
         rest, position = memoryview(data.numpy()), info.offset + start * info.dtype.itemsize
         try:
-            if self._file is None:
-                self._file = open(self.path, "rb", buffering=0)
+            with self._opening:
+                if self._file is None:
+                    self._file = open(self.path, "rb", buffering=0)
             while rest:
                 count = os.preadv(self._file.fileno(), [rest], position)
                 if not count:

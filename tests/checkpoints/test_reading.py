@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -244,3 +246,20 @@ def test_broken_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: is not valid JSON"):
         open_checkpoint(tmp_path)
+
+
+def test_threads_that_read_at_once_share_one_open_file(tmp_path, monkeypatch):
+    values = torch.arange(1000.0)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    opened = []
+
+    def slow_open(*arguments, **options):
+        opened.append(arguments)
+        time.sleep(0.05)  # the others arrive meanwhile
+        return open(*arguments, **options)
+
+    monkeypatch.setattr("statsmerge_ext.checkpoints.reading.open", slow_open, raising=False)
+    with ThreadPoolExecutor(4) as threads:
+        runs = list(threads.map(lambda start: checkpoint.run("a", start, start + 10), range(0, 1000, 10)))
+    assert torch.equal(torch.cat(runs), values) and len(opened) == 1

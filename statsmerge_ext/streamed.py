@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
@@ -37,11 +37,8 @@ def write_streamed(
     infos: Mapping[str, TensorInfo],
     identity: Mapping[str, object],
     *,
-    resume: bool,
-    shard_bytes: int | None,
-    metadata: Mapping[str, str] | None = None,
-    companions: Callable[[Path], None] | None = None,
     progress: bool = False,
+    **writing: object,
 ) -> None:
     """Compute the merged parameters and write them, with all that belongs to them, whole or not at all.
 
@@ -49,17 +46,14 @@ def write_streamed(
 
     Args:
         solved: the merge; its solution's parameters are still to be computed.
-        out, infos, identity, resume, shard_bytes, metadata, companions: of :func:`resumable_output`.
+        out, infos, identity, writing: of :func:`resumable_output`.
         progress: show a progress bar.
 
     Raises:
         CheckpointError: a model holds NaN or infinity, or the output's dtype cannot hold a merged value; and with
         ProcessError: as :func:`resumable_output`.
     """
-    output = resumable_output(
-        out, infos, identity, resume=resume, shard_bytes=shard_bytes, metadata=metadata, companions=companions
-    )
-    with output as files:
+    with resumable_output(out, infos, identity, **writing) as files:
         if processes.rank() == 0:
             for name, tensor in merge_buffers(solved.problem, solved.solution.parameters, reestimate=False).items():
                 files.write(name, files.converted(name, tensor))

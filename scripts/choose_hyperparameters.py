@@ -43,7 +43,10 @@ GRIDS: dict[str, dict[str, list]] = {
     "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "tsv_m": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "iso_c": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
+    "iso_cts": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "wudi": {"scaling_factor": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "swudi": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 1.0]},
+    "ace": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
     "adamerging": {"lr": [1e-2, 3e-2]},
@@ -53,6 +56,7 @@ GRIDS: dict[str, dict[str, list]] = {
     "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
     "lot+stats_merging": OWN | {"init_values": [0.0], "loss": ["kl"]},
     "regmean_plus_plus": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
+    "featcal": {"ridge": [0.01, 0.05], "anchor_scale": [0.3, 0.66, 1.0]},
     "drift_compensation": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
 }
 

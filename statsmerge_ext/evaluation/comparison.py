@@ -29,7 +29,10 @@ ENTRIES = (
     "ties",
     "tsv_m",
     "iso_c",
+    "iso_cts",
     "wudi",
+    "swudi",
+    "ace",
     "regmean",
     "stats_merging/task",
     "adamerging",
@@ -39,6 +42,7 @@ ENTRIES = (
     "lot",
     "lot+stats_merging",
     "regmean_plus_plus",
+    "featcal",
     "drift_compensation",
 )
 CALIBRATION_SAMPLES = 64

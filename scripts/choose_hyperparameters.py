@@ -33,7 +33,7 @@ from statsmerge_ext.methods import get_method
 EPOCHS = {
     "vision8": [{"epochs": 12, "lr_step": 10}, {"epochs": 6, "lr_step": 5}],
     "vit8": [{"epochs": 6, "lr_step": 5, "autocast": True}],
-    "text8": [{"epochs": 4, "lr_step": 3}],
+    "text8": [{"epochs": 4, "lr_step": 3, "autocast": True}],
 }
 STATS_MERGING = {"of": ["task_vectors"], "lr": [3e-3, 1e-2], "loss": ["cross_entropy", "kl"]}
 OWN = {"of": ["task_vectors"], "shared": [False], "hidden": [32], "lr": [3e-3]}

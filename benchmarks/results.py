@@ -1,8 +1,9 @@
 """Measure the tables of docs/results.md again: every method on every suite, three seeds.
 
-    python benchmarks/results.py [--suite vision8] [--seeds 3]
+    python benchmarks/results.py [--suite vision8] [--entry lot] [--seeds 3]
 
 Writes benchmarks/results/SUITE.json (all that was measured) and the tables between the markers in docs/results.md.
+With --entry the other rows stay as they were measured before.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from page import fill
 
-from statsmerge_ext.evaluation.comparison import Comparison, compare
+from statsmerge_ext.evaluation.comparison import ENTRIES, Comparison, Row, compare
 from statsmerge_ext.evaluation.report import format_table, to_json
 from statsmerge_ext.evaluation.suites import get_suite, list_suites
 from statsmerge_ext.memory import keep_freed_memory
@@ -59,9 +60,23 @@ def put(page: Path, name: str, block: str) -> None:
     page.write_text(fill(page.read_text(encoding="utf-8"), name, block), encoding="utf-8")
 
 
+def joined(known: dict, content: dict) -> dict:
+    """What was measured now, with the rows of what was measured before that it lacks.
+
+    Raises ValueError when those are not comparable.
+    """
+    for name in ("tasks", "seeds", "samples"):
+        if known[name] != content[name]:
+            raise ValueError(f"{name}: {known[name]} were measured before, now {content[name]}")
+    order = ("base", "experts", *ENTRIES)
+    both = {part: known[part] | content[part] for part in ("commits", "rows")}
+    return content | {part: {row: values[row] for row in order if row in values} for part, values in both.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", action="append", choices=list_suites(), help="default: all")
+    parser.add_argument("--entry", action="append", choices=ENTRIES, help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -69,12 +84,17 @@ def main() -> None:
     for name in options.suite or list_suites():
         suite = get_suite(name)
         notes = suite.prepare()
-        comparison = compare(suite, seeds=options.seeds)
+        path = RESULTS / f"{name}.json"
+        comparison = compare(suite, options.entry or ENTRIES, seeds=options.seeds)
         comparison.notes = notes
         facts = environment()
-        content = {"environment": facts, **to_json(comparison)}
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        write_table(comparison, facts)
+        commits = {row: facts["commit"] for row in comparison.rows}
+        content = {"environment": facts, "commits": commits, **to_json(comparison)}
+        if options.entry and path.exists():
+            content = joined(json.loads(path.read_text(encoding="utf-8")), content)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        comparison.rows = {row: Row(**values) for row, values in content["rows"].items()}
+        write_table(comparison, facts | {"commit": ", ".join(sorted(set(content["commits"].values())))})
         print(format_table(comparison), flush=True)
 
 

@@ -40,11 +40,11 @@ OWN = {"of": ["task_vectors"], "shared": [False], "hidden": [32], "lr": [3e-3]}
 GRIDS: dict[str, dict[str, list]] = {
     "linear": {},
     "task_arithmetic": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 0.7]},
-    "ties": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
+    "ties": {"scaling_factor": [0.3, 0.5, 1.0, 1.5, 2.0]},
     "tsv_m": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "iso_c": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "iso_cts": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
-    "wudi": {"scaling_factor": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "wudi": {"scaling_factor": [0.2, 0.3, 0.5, 0.7, 1.0]},
     "swudi": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 1.0]},
     "ace": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
@@ -53,11 +53,11 @@ GRIDS: dict[str, dict[str, list]] = {
     "adamerging/plusplus": {"density": [0.2], "lr": [1e-2, 3e-2]},
     "stats_merging/layer": STATS_MERGING,
     "stats_merging/own": OWN | {"loss": ["cross_entropy", "kl"]},
-    "lot": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
+    "lot": {"scaling_factor": [0.8, 1.0, 1.2, 1.3, 1.5, 2.0]},
     "lot+stats_merging": OWN | {"init_values": [0.0], "loss": ["kl"]},
     "regmean_plus_plus": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "featcal": {"ridge": [0.01, 0.05], "anchor_scale": [0.3, 0.66, 1.0]},
-    "drift_compensation": {"scaling_factor": [1.0, 1.1, 1.2, 1.3, 1.5]},
+    "drift_compensation": {"scaling_factor": [0.8, 1.0, 1.2, 1.3, 1.5, 2.0]},
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,27 @@ Batch = Tensor | dict[str, Tensor]
 LABEL_NAMES = frozenset({"label", "labels", "label_ids", "target", "targets"})
 #: Number of samples taken from a file with more, where none is asked for (LOT Merging, arXiv 2505.23859, takes 64).
 DEFAULT_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """Where unlabelled samples come from: expert name → file, and how they are drawn and batched."""
+
+    data: Mapping[str, Path]
+    samples: int | None = None
+    batch_size: int = 32
+    max_length: int = 128
+    seed: int = 0
+
+    def read(self, tokenizer: Path, device: str | torch.device) -> dict[str, list[Batch]]:
+        """Each expert's batches on ``device``, as :func:`read_samples` reads them."""
+        options = {"batch_size": self.batch_size, "max_length": self.max_length, "seed": self.seed}
+        return {
+            name: [
+                _to(batch, device) for batch in read_samples(path, tokenizer=tokenizer, samples=self.samples, **options)
+            ]
+            for name, path in self.data.items()
+        }
 
 
 def as_unlabelled_batches(name: str, loader: Iterable[Tensor | Mapping[str, Tensor]]) -> list[Batch]:
@@ -93,6 +115,10 @@ def read_samples(
     else:
         raise CalibrationError(f"{path}: unknown suffix {path.suffix!r}; expected .txt, .jsonl, .safetensors or .npz")
     return batches
+
+
+def _to(batch: Batch, device: str | torch.device) -> Batch:
+    return {key: part.to(device) for key, part in batch.items()} if isinstance(batch, dict) else batch.to(device)
 
 
 def _checked(where: str, batch: object) -> Batch:

@@ -21,7 +21,7 @@ from statsmerge_ext.lora import extract_adapter, merge_adapters
 from statsmerge_ext.memory import keep_freed_memory
 from statsmerge_ext.methods import get_method, list_methods
 from statsmerge_ext.ops.quantized import BITS
-from statsmerge_ext.recipe import load_recipe
+from statsmerge_ext.recipe import VOCABULARIES, load_recipe
 from statsmerge_ext.run import run_merge
 
 EXIT_ERROR = 2
@@ -87,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-budget",
         metavar="SIZE",
         help="what a streamed merge may hold of the models, or one block by block of hidden states (default: 512MiB)",
+    )
+    merging.add_argument(
+        "--vocab",
+        choices=VOCABULARIES,
+        help="common: merge experts of another vocabulary where they share the base's (default: as the recipe says)",
     )
     merging.add_argument("--dry-run", action="store_true", help="check everything, say what it would take, stop")
 
@@ -186,6 +191,7 @@ def _merge(options: argparse.Namespace) -> None:
             copy_tokenizer=options.copy_tokenizer,
             random_seed=options.random_seed,
             memory_budget=options.memory_budget,
+            vocab=options.vocab,
             overwrite=options.overwrite,
             resume=options.resume,
             dry_run=options.dry_run,

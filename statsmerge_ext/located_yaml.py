@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import yaml
 
@@ -31,9 +33,12 @@ class LocatedYaml:
     A value is addressed by the keys that lead to it: ``("models", 0, "parameters", "weight")``.
     """
 
-    def __init__(self, text: str, name: str):
-        """Parse `text`; `name` stands for it in messages. Raises RecipeError for what is not YAML."""
-        self.name = name
+    def __init__(self, text: str, name: str, directory: str | os.PathLike):
+        """Parse `text`; `name` stands for it in messages, and paths in it are relative to `directory`.
+
+        Raises RecipeError for what is not YAML.
+        """
+        self.name, self._directory = name, Path(directory)
         try:
             loader = _Loader(text)
             self._root = loader.get_single_node()
@@ -69,6 +74,16 @@ class LocatedYaml:
         """`value`, checked to be a text that is not empty."""
         if not isinstance(value, str) or not value.strip():
             raise self.error(keys, f"expected a text, got {_describe(value)}")
+        return value
+
+    def path(self, value: object, keys: Keys) -> Path:
+        """The path that the text `value` means."""
+        return Path(os.path.normpath(self._directory / Path(self.text(value, keys)).expanduser()))
+
+    def one_of(self, value: object, keys: Keys, known: Iterable[str]) -> str:
+        """`value`, checked to be one of the texts `known`."""
+        if value not in known:
+            raise self.error(keys, f"got {value!r}, expected one of {', '.join(known)}")
         return value
 
     def positive_int(self, value: object, keys: Keys) -> int:

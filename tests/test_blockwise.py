@@ -165,6 +165,16 @@ def test_a_model_that_cannot_be_taken_in_blocks_is_merged_in_memory(tmp_path, mo
     assert_same(loaded(models / "out"), in_memory(models).state)
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_tied_parameters_in_memory(tmp_path, family):
+    """A pickle cannot be written block by block. Of a tied parameter, a bias too, experts' files hold one name."""
+    models = save_family(tmp_path, family)
+    merge(models, out="out.pt")
+    merge(models, out="blocks")
+    merged, expected = open_checkpoint(models / "out.pt"), open_checkpoint(models / "blocks")
+    assert_same({name: merged[name] for name in expected}, dict(expected))
+
+
 PEAK = """
 import resource, sys
 from statsmerge_ext import run_merge

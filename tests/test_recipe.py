@@ -156,7 +156,24 @@ def test_gradients_and_filters_as_in_mergekit():
         "density": [Schedule((1, 0.7, 0.1)), 0.5, 0.33],
         "weights": [1.0, Schedule((0, 0.3, 0.7, 1)), Schedule((("mlp", (0.5, 1)), (None, 0)))],
         "scaling_factor": 1.0,
+        "scope": "layer",
     }
+
+
+def test_the_base_among_the_models_is_no_expert_whatever_its_parameters():
+    recipe = parse_recipe(
+        """
+        merge_method: ties
+        base_model: base
+        models:
+          - {model: base, parameters: {weight: [0, 1], density: 0.5}}
+          - {model: b, parameters: {weight: 0.3, density: [1, 0.7]}}
+        """
+    )
+    assert list(recipe.experts) == ["b"]
+    assert recipe.hyperparameters["weights"] == [0.3]
+    alone = BASE.replace("  - model: b\n", "").replace(": a", ": base")
+    assert "models: holds no expert besides the base" in refusal(alone)
 
 
 @pytest.mark.parametrize("source", ["tokenizer_source: b", "tokenizer: {source: ./b}"])
@@ -241,10 +258,6 @@ def test_typos_are_refused_with_line_and_nearest_key(text, message):
         (BASE.replace("model: b", "model: other/a"), "r.yaml:5:5: models[1]: has the same name 'a' as models[0]"),
         (BASE.replace("- model: a", "- a"), "r.yaml:4:5: models[0]: expected a mapping"),
         (BASE.replace("- model: a", "- name: a"), "r.yaml:4:5: models[0]: model: missing"),
-        (
-            BASE.replace("model: a", "{model: base, parameters: {weight: 1}}"),
-            "r.yaml:4:5: models[0]: is the base_model; it cannot be an expert of itself",
-        ),
         (BASE + "dtype: float8\n", "r.yaml:6:1: dtype: got 'float8', expected one of float64, float32"),
         (BASE + "buffers: drop\n", "r.yaml:6:1: buffers: got 'drop', expected one of average, reestimate"),
         (BASE + "tokenizer_source: union\n", "r.yaml:6:1: tokenizer_source: expected 'base' or one of the"),

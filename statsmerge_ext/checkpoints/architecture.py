@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +72,10 @@ def configuration(checkpoint: Checkpoint) -> object:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    # Of the parsed content: an adapter's directory holds none of its own, and an expert's vocabulary may be the base's.
+    with TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
     for part in (config, *(part for part in parts if part is not None)):
         part._experts_implementation, part.use_cache = "eager", False

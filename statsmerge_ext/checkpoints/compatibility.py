@@ -136,7 +136,7 @@ def _check_expert(base: Mapping[str, Tensor], label: str, expert: Mapping[str, T
     names = {}
     missing = []
     for name in floating_names(base):
-        source = name if name in expert else _tied_name(base, name, among=expert)
+        source = name if name in expert else tied_name(base, name, among=expert)
         if source is None:
             missing.append(name)
         else:
@@ -144,7 +144,7 @@ def _check_expert(base: Mapping[str, Tensor], label: str, expert: Mapping[str, T
     if missing:
         raise CheckpointError(f"{_where(label, expert)}: lacks {_list(missing)} of the base{_hint(base, expert)}")
     extra = [
-        name for name in floating_names(expert) if name not in base and _tied_name(expert, name, among=base) is None
+        name for name in floating_names(expert) if name not in base and tied_name(expert, name, among=base) is None
     ]
     if extra:
         raise CheckpointError(f"{_where(label, expert)}: has {_list(extra)}, which the base lacks{_hint(base, expert)}")
@@ -177,11 +177,10 @@ def _check_tensor(base: Mapping[str, Tensor], label: str, expert: Mapping[str, T
         )
     if ours == theirs:
         return
-    if _is_vocabulary(base, expert, name, ours, theirs):
+    if is_token_table(base, expert, name, source):
         raise CheckpointError(
             f"{_where(label, expert, source)}: another vocabulary size: tensor {source!r} has {theirs[0]} rows, the "
-            f"base's has {ours[0]}; merge experts that share the base's tokenizer, or resize the expert's embeddings "
-            f"to {ours[0]} tokens first"
+            f"base's has {ours[0]}; merge the common part with vocab: common (--vocab common)"
         )
     raise CheckpointError(
         f"{_where(label, expert, source)}: tensor {source!r} has shape {list(theirs)}, expected {list(ours)} as in "
@@ -189,10 +188,14 @@ def _check_tensor(base: Mapping[str, Tensor], label: str, expert: Mapping[str, T
     )
 
 
-def _is_vocabulary(
-    base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str, ours: torch.Size, theirs: torch.Size
+def is_token_table(
+    base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str, source: str | None = None
 ) -> bool:
-    """Whether two shapes differ in their rows only, and the configurations or the name say that rows are tokens."""
+    """Whether the rows of a tensor are tokens: they are as many as the configurations say, or its name says so.
+
+    ``source`` is its name in the expert, if that is another; the rows may be as many in both or not.
+    """
+    ours, theirs = shape_of(base, name), shape_of(expert, source or name)
     if not ours or len(ours) != len(theirs) or ours[1:] != theirs[1:]:
         return False
     sizes = (_vocabulary_size(base), _vocabulary_size(expert))
@@ -204,15 +207,26 @@ def _vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
-def _tied_name(state: Mapping[str, Tensor], name: str, among: Mapping[str, Tensor]) -> str | None:
-    """Name of another tensor of the state that equals this one bit for bit and is also in `among`; else None."""
+def tied_name(state: Mapping[str, Tensor], name: str, among: Mapping[str, Tensor]) -> str | None:
+    """Name of another tensor of the state that is the same as this one, and that is also in `among`; else None.
+
+    The same are tensors in one place of memory; and those that are equal bit for bit, unless all of their values are
+    the same: scales and biases that were never trained are equal by chance.
+    """
     shape, dtype = shape_of(state, name), dtype_of(state, name)
-    if len(shape) < 2:  # Only matrices are tied; vectors may well be equal by chance, all zero for one.
+    others = [
+        other
+        for other in state
+        if other != name and other in among and shape_of(state, other) == shape and dtype_of(state, other) == dtype
+    ]
+    if not others or not shape.numel():
         return None
-    for other in state:
-        if other == name or other not in among or shape_of(state, other) != shape or dtype_of(state, other) != dtype:
-            continue
-        if state[name].any() and torch.equal(state[other], state[name]):
+    tensor = state[name]
+    is_constant = bool((tensor == tensor.reshape(-1)[0]).all())
+    for other in others:
+        same = state[other]
+        is_same_memory = (same.data_ptr(), same.stride()) == (tensor.data_ptr(), tensor.stride())
+        if is_same_memory or (not is_constant and torch.equal(same, tensor)):
             return other
     return None
 

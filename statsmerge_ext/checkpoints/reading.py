@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -97,13 +97,13 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises CheckpointError when it cannot be read.
         """
         file = self._entries[name]
-        if file.infos[name].offset is None:
+        if not self.has_runs(name):
             return self._delivered(file.read(name).reshape(-1)[start:stop])
         return self._delivered(file.read_run(name, start, stop, into))
 
     def has_runs(self, name: str) -> bool:
         """Whether :meth:`run` reads a part of the tensor without reading all of it."""
-        return self._entries[name].infos[name].offset is not None
+        return hasattr(self._entries[name], "read_run")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -139,6 +139,13 @@ class Checkpoint(Mapping[str, Tensor]):
         files = sorted({file for entry in self._entries.values() for file in entry.files})
         tensors = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self]
         return [[(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files], tensors]
+
+    def with_entries(
+        self, entries: Mapping[str, _File], *, without: Collection[str] = (), config: dict | None
+    ) -> Checkpoint:
+        """The same checkpoint with other files for some of its tensors, without others, and with another ``config``."""
+        kept = {name: entries.get(name, file) for name, file in self._entries.items() if name not in without}
+        return Checkpoint(self.path, config, kept, self._device, self._at_least)
 
     def _delivered(self, tensor: Tensor) -> Tensor:
         widen = self._at_least is not None and tensor.is_floating_point()

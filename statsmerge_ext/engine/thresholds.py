@@ -27,12 +27,14 @@ def magnitude_thresholds(problem: MergeProblem, layers: list[Layer], densities: 
     threshold must nearly be; one sweep through the models then counts what lies above and what lies where near it. If
     the sample was misleading, further sweeps narrow the range down.
 
-    Raises CheckpointError where an input holds NaN or infinity.
+    Of no entries it is 0. Raises CheckpointError where an input holds NaN or infinity.
     """
     states = [problem.base, *problem.experts.values()]
     wide = any(dtype_of(state, x.parameter) == torch.float64 for state in states for x in layers)
     stream = problem.stream(layers, whole=False)
     count = sum(piece.count for piece in stream.pieces)
+    if not count:
+        return [0.0] * len(densities)
     infinity = torch.tensor(math.inf, dtype=torch.float64 if wide else torch.float32)
     highest = int(infinity.view(_INTEGERS[infinity.dtype]))  # the integer above those of all finite magnitudes
     searches = [_Search(max(1, round(density * count)), highest) for density in densities]

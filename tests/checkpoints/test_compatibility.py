@@ -58,6 +58,16 @@ def test_equal_vectors_do_not_stand_in_for_a_missing_one():
     assert "lacks tensor 'b2'" in refusal(base, {"w": torch.ones(2, 2), "b1": torch.zeros(2)})
 
 
+def test_vectors_that_are_tied():
+    bias = torch.randn(3)
+    once = {"w": torch.ones(2, 2), "b1": bias.clone()}
+    assert list(check_compatible({**once, "b2": bias}, {"x": once})["x"]) == ["w", "b1", "b2"]
+    zeros = torch.zeros(3)  # of a model in memory: equal by chance, but the same tensor
+    fitting = check_compatible({"b1": zeros, "b2": zeros}, {"x": {"b1": torch.arange(3.0)}})["x"]
+    assert torch.equal(fitting["b2"], torch.arange(3.0))
+    assert "lacks tensor 'b2'" in refusal({"b1": zeros, "b2": zeros.clone()}, {"b1": torch.arange(3.0)})
+
+
 def test_other_shapes():
     message = refusal(BASE, {**BASE, "w": torch.ones(2, 3)})
     assert message == "expert 'x': tensor 'w' has shape [2, 3], expected [3, 2] as in the base"
@@ -75,7 +85,7 @@ def test_other_vocabulary(tmp_path, base):
     assert (
         "another vocabulary size: tensor 'embeddings.word_embeddings.weight' has 43 rows, the base's has 40" in message
     )
-    assert "resize the expert's embeddings to 40 tokens" in message
+    assert "merge the common part with vocab: common" in message
 
 
 def test_other_vocabulary_is_seen_without_configurations():

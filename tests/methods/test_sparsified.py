@@ -56,6 +56,12 @@ def test_a_misleading_sample_costs_sweeps_but_not_exactness(monkeypatch):
         assert found == state["w"].sort(descending=True).values[kept - 1]
 
 
+def test_a_parameter_without_entries_has_no_threshold():
+    base = {"w": torch.zeros(4), "empty": torch.zeros(0, 4)}
+    merged = merge("ties", base=base, experts={"a": {**base, "w": torch.arange(4.0)}}, density=0.5, scope="layer").state
+    assert torch.equal(merged["w"], torch.tensor([0.0, 0.0, 2.0, 3.0])) and merged["empty"].shape == (0, 4)
+
+
 def test_ties_a_layer_at_a_time_is_mergekits():
     """Trimmed layer by layer, with weights in election and mean, against the formula in float64."""
     generator = torch.Generator().manual_seed(2)

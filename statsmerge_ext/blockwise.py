@@ -26,6 +26,7 @@ from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.carried import CarriedStates
 from statsmerge_ext.engine.merging import default_forward, facts_for_report, layer_report
 from statsmerge_ext.engine.problem import MergedLayers, MergeProblem
+from statsmerge_ext.engine.shared_evidence import shared_batches
 from statsmerge_ext.engine.streaming import DEFAULT_BUDGET
 from statsmerge_ext.engine.together import samples
 from statsmerge_ext.evidence import GramEvidence
@@ -102,25 +103,29 @@ class BlockMerge:
     def write(self, output: ResumableOutput, *, progress: bool) -> None:
         """Write all tensors of the output; blocks that an earlier run has written are only gone through.
 
+        Every process of a group calls this alike and runs its share of the samples; the first one solves and writes.
+
         Raises as :class:`BlockSweep`, and what the method raises.
         """
         done: list[str] = []
         for saved in output.saved:
             done = saved["done"]
             self._seen, self._notes = set(saved["seen"]), saved["notes"]
-        for name, tensor in self._beside_parameters().items():
+        leader = processes.rank() == 0
+        for name, tensor in self._beside_parameters().items() if leader else ():
             output.write(name, output.converted(name, tensor))
-        carried = CarriedStates(output.scratch, self._budget, self._model.tensors)
-        sweep = BlockSweep(self._model, self._calls, self._base, self._experts, self._sources, self._batches, carried)
+        carried = CarriedStates(output.scratch / f"states.{processes.rank()}", self._budget, self._model.tensors)
+        mine = shared_batches(self._batches)
+        sweep = BlockSweep(self._model, self._calls, self._base, self._experts, self._sources, mine, carried)
         total = len(self._model.blocks) + 1
         clock = time.perf_counter()
         with (
             closing(sweep.evidence(without=done)) as evidence,
-            tqdm(desc="Merging", unit="block", total=total, disable=not progress) as bar,
+            tqdm(desc="Merging", unit="block", total=total, disable=not (progress and leader)) as bar,
         ):
             for block, of_block in evidence:
                 collected = time.perf_counter()
-                if block.path not in done:
+                if leader and block.path not in done:
                     self._write_block(block, of_block, self._experts, output)
                     done = [*done, block.path]
                     output.save_if_due({"done": done, "seen": sorted(self._seen), "notes": self._notes})
@@ -246,7 +251,7 @@ def write_blockwise(
 ) -> None:
     """Merge block by block and write the result, with all that belongs to it, whole or not at all.
 
-    Of several processes the first does all the work.
+    Every process of a group calls this alike.
 
     Args:
         merge: what is to be merged.
@@ -256,8 +261,7 @@ def write_blockwise(
     Raises as :meth:`BlockMerge.write` and :func:`resumable_output`.
     """
     with resumable_output(out, infos, identity, **writing) as output:
-        if processes.rank() == 0:
-            merge.write(output, progress=progress)
+        merge.write(output, progress=progress)
 
 
 def _merged(parameters: Mapping[str, Tensor], problem: MergeProblem) -> Iterator[tuple[str, int, Tensor]]:

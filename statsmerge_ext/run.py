@@ -23,7 +23,7 @@ from statsmerge_ext.checkpoints.writing import atomic_output, check_output, pars
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.merging import Solved, solve
 from statsmerge_ext.engine.problem import MergedLayers
-from statsmerge_ext.errors import CalibrationError, CheckpointError, RecipeError, StatsMergeError
+from statsmerge_ext.errors import CalibrationError, CheckpointError, ProcessError, RecipeError, StatsMergeError
 from statsmerge_ext.in_memory import is_file, stored_dtype, write_whole
 from statsmerge_ext.inputs import Inputs, open_inputs, refuse_to_overwrite
 from statsmerge_ext.methods import get_method
@@ -106,6 +106,8 @@ def run_merge(
     plan = _plan(infos)
     _check_space(out, plan["bytes"])
     if dry_run:
+        if processes.count() > 1:
+            raise ProcessError("dry_run: says what one process needs; run it in one, without torchrun")
         if blocks:
             plan |= blocks.estimate(infos, out)
         elif on_disk and not recipe.needs_data:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaForCausalLM, Qwen3MoeForCausalLM  # noqa: F401  imported before any fork
 
 import statsmerge_ext
-from statsmerge_ext import output, run_merge
+from statsmerge_ext import blockwise, output, run_merge
 from statsmerge_ext.checkpoints import open_checkpoint
-from statsmerge_ext.engine import processes, streaming
+from statsmerge_ext.engine import block_evidence, processes, streaming
 from statsmerge_ext.errors import ProcessError
 from statsmerge_ext.evidence.statistics import collect_weight_statistics
 from statsmerge_ext.layers import layers_of_state
@@ -122,6 +124,55 @@ def death(models: Path) -> dict:
     }
 
 
+def with_samples(models: Path, method: str, out: str) -> Callable[[], object]:
+    """A merge that looks at samples: three batches of expert "a" and two of "b"."""
+    data = {name: f"{name}.safetensors" for name in ("a", "b")}
+    recipe = write_recipe(models, method, calibration={"data": data, "batch_size": 20})
+    transformers.utils.logging.disable_progress_bar()
+    return lambda: run_merge(recipe, models / out, progress=False)["method"]
+
+
+def samples(models: Path) -> dict:
+    """How far what two processes make of their shares is from what one makes of all samples."""
+    facts = {}
+    for method, out in (("lot", "blocks"), ("regmean", "blocks"), ("lot", "memory.pt")):
+        name = f"{method}-{out}"
+        results = in_two_processes(with_samples(models, method, f"two-{name}"))
+        with_samples(models, method, f"one-{name}")()
+        two, one = (open_checkpoint(models / f"{count}-{name}") for count in ("two", "one"))
+        apart = max(float((two[key] - one[key]).abs().max() / one[key].abs().max()) for key in one if one[key].any())
+        facts[name] = [[status for status, _ in results], apart]
+    return facts
+
+
+def death_amid_blocks(models: Path) -> dict:
+    """One process dies at a block: the other says so, and one alone goes on behind the last block on the disk."""
+
+    def dying() -> object:
+        if dist.get_rank() == 1:
+            go_on, left = block_evidence.BlockSweep._go_on, [5]
+
+            def die(self, *arguments, **options):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return go_on(self, *arguments, **options)
+
+            block_evidence.BlockSweep._go_on = die
+        else:
+            save = output._Saver.save_if_due
+            output._Saver.save_if_due = lambda self, state: (save(self, state), self._running.result())
+        return with_samples(models, "lot", "out")()
+
+    results = in_two_processes(dying)
+    journals = sorted(path.name for path in (models / "out.partial").glob("journal.*"))
+    written = []
+    write = blockwise.BlockMerge._write_block
+    blockwise.BlockMerge._write_block = lambda *a: (written.append(a[1].path), write(*a)) and None
+    with_samples(models, "lot", "out")()
+    return {"results": results, "journals": journals, "written": written}
+
+
 def states(models: Path) -> dict:
     """Statistics by two processes, and a merge of state dicts whose tensors are spread over them."""
 
@@ -154,4 +205,6 @@ def states(models: Path) -> dict:
 if __name__ == "__main__":
     output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
-    print(json.dumps({"same": same, "death": death, "states": states}[sys.argv[1]](Path(sys.argv[2]))))
+    torch.set_num_threads(1)  # a process that has computed with several must not be forked
+    scenarios = (same, death, samples, death_amid_blocks, states)
+    print(json.dumps({each.__name__: each for each in scenarios}[sys.argv[1]](Path(sys.argv[2]))))

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from statsmerge_ext.engine import processes
+from tests import tiny_transformers
 from tests.test_streamed import save_family, stream
 from tests.tiny_models import write_recipe
 
@@ -33,6 +35,27 @@ def test_a_process_that_dies_ends_the_merge_and_leaves_a_journal(tmp_path):
     assert "journal.1" in facts["journals"]
     assert facts["resumed"] <= facts["in_all"] - 3
     assert facts["same"]
+
+
+def test_two_processes_share_samples(tmp_path):
+    """Of a mixture, some of whose experts are called in one process only, block by block and in memory."""
+    models = tiny_transformers.save_family(tmp_path, "qwen3 mixture", samples=60)
+    cut = load_file(models / "b.safetensors")
+    save_file({name: tensor[:40].clone() for name, tensor in cut.items()}, models / "b.safetensors")
+    facts = scenario("samples", models)
+    assert facts.keys() == {"lot-blocks", "regmean-blocks", "lot-memory.pt"}
+    for statuses, apart in facts.values():
+        assert statuses == [0, 0] and apart < 1e-5, facts
+
+
+def test_a_process_that_dies_at_a_block_ends_the_merge_and_leaves_a_journal(tmp_path):
+    facts = scenario("death_amid_blocks", tiny_transformers.save_family(tmp_path, "llama", samples=40))
+    (leader, message), (other, _) = facts["results"]
+    assert other == -9
+    assert leader == 2 and "another process of this merge has ended" in message
+    assert facts["journals"] == ["journal.0"]
+    # The passes came to the embeddings and three blocks, of which the last was not added up.
+    assert facts["written"] == ["model.layers.2", "model.norm", "lm_head", ""]
 
 
 def test_statistics_and_spread_tensors(tmp_path):

@@ -23,6 +23,7 @@ from statsmerge_ext.checkpoints.compatibility import has_runs, run_of, shape_of
 from statsmerge_ext.engine.blocks import Block, BlockModel
 from statsmerge_ext.engine.carried import CarriedStates
 from statsmerge_ext.engine.lockstep import Pass
+from statsmerge_ext.engine.shared_evidence import added_up
 from statsmerge_ext.engine.together import samples
 from statsmerge_ext.errors import CalibrationError
 from statsmerge_ext.evidence import GramEvidence
@@ -38,7 +39,7 @@ class BlockSweep:
         calls: the blocks in the order of their calls, as rehearsed.
         base, experts: under the model's names; lazy.
         sources: how error messages call the base and each expert.
-        batches: expert -> unlabelled batches.
+        batches: expert -> unlabelled batches; of several processes, those that this one is to run.
         carried: where hidden states are between two blocks.
 
     Attributes:
@@ -66,7 +67,8 @@ class BlockSweep:
         self._end = last if last.is_leaf and calls.count(last) == 1 else None
 
     def evidence(self, *, without: Container[str] = (), hollow: bool = False) -> Iterator[tuple[Block, GramEvidence]]:
-        """(block, its evidence) for every block, those that are never called at the end.
+        """(block, its evidence) for every block, those that are never called at the end. Several processes go through
+        them alike, and the evidence is that of all.
 
         Blocks whose paths are in ``without`` are gone through, but nothing is summed there; if ``hollow``, with weights
         of zero instead of the experts'.
@@ -75,6 +77,7 @@ class BlockSweep:
             CalibrationError: what :func:`~statsmerge_ext.evidence.collect_grams` raises; or a sample makes the model
                 call its blocks in another order than the one of the rehearsal.
             CheckpointError: weights hold NaN or infinity.
+            ProcessError: another process has ended.
         """
         left = Counter(block.path for block in self._calls)
         called = set(left)
@@ -94,7 +97,7 @@ class BlockSweep:
                     sums = None  # what is opened holds them, and gives them away
                 left[block.path] -= 1
                 if not left[block.path]:
-                    yield block, opened.pop(block.path).evidence() if block.path in opened else self._nothing()
+                    yield block, self._of_all(opened.pop(block.path)) if block.path in opened else self._nothing()
             self._check_arrived(None, passes)
         finally:
             for each in passes:
@@ -105,6 +108,9 @@ class BlockSweep:
             if block.path not in called:
                 yield block, self._nothing()
 
+    def _of_all(self, sums: _Sums) -> GramEvidence:
+        return added_up(sums.evidence(), list(self._experts))
+
     def _nothing(self) -> GramEvidence:
         return GramEvidence(list(self._experts))
 
@@ -112,7 +118,8 @@ class BlockSweep:
         """Take all passes through ``block`` to the next one; their inputs in it are added to ``sums``."""
         for name in self._experts:
             own = [place for place, (of_expert, _) in enumerate(self._batches) if of_expert == name]
-            self._take(name, block, {place: passes[place] for place in own}, sums, hollow)
+            if own:
+                self._take(name, block, {place: passes[place] for place in own}, sums, hollow)
 
     def _take(self, name: str, block: Block, passes: Mapping[int, Pass], sums: _Sums | None, hollow: bool) -> None:
         """Take the passes of one expert through ``block``. Nothing but its sums is left of it in memory."""

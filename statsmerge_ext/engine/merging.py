@@ -18,8 +18,9 @@ from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.journal import Journal
 from statsmerge_ext.engine.problem import MergedLayers, MergeProblem, Solution
+from statsmerge_ext.engine.shared_evidence import collect_shared_grams
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
-from statsmerge_ext.evidence import GramEvidence, collect_grams
+from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.layers import Layer, find_layers, layers_of_state
 from statsmerge_ext.methods import Method, get_method
 
@@ -219,7 +220,7 @@ def solve(
         memory_budget=memory_budget,
     )
     if collect:
-        evidence = collect_grams(
+        evidence = collect_shared_grams(
             module, layers, base_state, states, batches, forward=problem.forward, progress=progress
         )
     elif evidence is not None:

@@ -60,6 +60,15 @@ def add_up_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def of_all(value: object) -> list:
+    """What every process calls this with, in the order of their ranks. Raises ProcessError if one has ended."""
+    values: list = [value] * count()
+    if count() > 1:
+        with _as_process_error():
+            dist.all_gather_object(values, value)
+    return values
+
+
 def share(items: Sequence[Item], sizes: Sequence[int]) -> list[Item]:
     """This process's part of the ``items``: consecutive ones, of about the same sum of ``sizes`` for every process."""
     whole, me, all_of_us = max(1, sum(sizes)), rank(), count()

@@ -1,9 +1,9 @@
-"""Kill a streamed merge again and again, and see that the same command always ends in the same files.
+"""Kill a merge again and again, and see that the same command always ends in the same files.
 
 ``python kill_merges.py RECIPE DIRECTORY KILLS`` prints as JSON how many processes were killed, how many took up what
 another had left, and the outputs that differ from one that nobody disturbed. It forks instead of starting every process
 anew, so that hundreds of kills take seconds; nothing but imports runs before a fork, also of what merges of models
-need.
+need, and what transformers builds when it is asked for the names of a model's tensors for the first time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from statsmerge_ext import output, run_merge
 from statsmerge_ext.engine import streaming
@@ -26,16 +27,19 @@ from statsmerge_ext.engine import streaming
 STEPS = [(os, "pwrite"), (os, "fsync"), (os, "replace"), (os, "posix_fallocate"), (shutil, "rmtree"), (os, "unlink")]
 
 
-def merge(recipe: Path, out: Path, seconds: float | None = None, step: int | None = None) -> bool:
+def merge(
+    recipe: Path, out: Path, seconds: float | None = None, step: int | None = None, count: Path | None = None
+) -> bool:
     """Merge in a child process that is killed after ``seconds``, or kills itself before its ``step``-th change of a
-    file. Returns whether it came to its end."""
+    file; into ``count`` it writes how many there were. Returns whether it came to its end."""
     child = os.fork()
     if not child:
         status = 1
         try:
-            if step is not None:
-                _die_before(step)
+            left = _die_before(step or 10**9)
             run_merge(recipe, out, progress=False, out_shard_size="100KB", overwrite=True)
+            if count is not None:
+                count.write_text(str(10**9 - left[0]))
             status = 0
         finally:
             os._exit(status)
@@ -48,7 +52,8 @@ def merge(recipe: Path, out: Path, seconds: float | None = None, step: int | Non
     return os.WIFEXITED(status)
 
 
-def _die_before(step: int) -> None:
+def _die_before(step: int) -> list[int]:
+    """Die so; gives a list with the number of changes that are left until then."""
     left = [step]
 
     def counted(function):
@@ -60,8 +65,10 @@ def _die_before(step: int) -> None:
 
         return call
 
+    os.fsync = lambda descriptor: None  # a process that is killed loses nothing it has written; syncing takes time
     for module, name in STEPS:
         setattr(module, name, counted(getattr(module, name)))
+    return left
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -72,9 +79,10 @@ def main(recipe: Path, directory: Path, kills: int) -> dict:
     output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     moments = random.Random(0)
+    get_checkpoint_conversion_mapping("llama")
     began = time.perf_counter()
-    merge(recipe, directory / "undisturbed")
-    duration = time.perf_counter() - began
+    merge(recipe, directory / "undisturbed", count=directory / "steps")
+    duration, steps = time.perf_counter() - began, int((directory / "steps").read_text())
     expected = contents(directory / "undisturbed")
 
     killed, resumed, differing = 0, 0, []
@@ -87,7 +95,7 @@ def main(recipe: Path, directory: Path, kills: int) -> dict:
             if killed % 2:
                 ended = merge(recipe, out, seconds=moments.uniform(0, duration))
             else:
-                ended = merge(recipe, out, step=moments.randint(1, 150))
+                ended = merge(recipe, out, step=moments.randint(1, steps))
             killed += not ended
         if contents(out) != expected or out.with_name(f"{out.name}.partial").exists():
             differing.append(out.name)

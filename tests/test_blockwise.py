@@ -289,12 +289,12 @@ def test_killed_at_random_moments_the_same_command_ends_in_the_same_files(tmp_pa
     models = save_family(tmp_path, "llama")
     data = {name: f"{name}.safetensors" for name in ("a", "b")}
     recipe = write_recipe(models, "lot", calibration={"data": data, "batch_size": BATCH})
-    command = [sys.executable, "-m", "tests.kill_merges", str(recipe), str(tmp_path), "12"]
+    command = [sys.executable, "-m", "tests.kill_merges", str(recipe), str(tmp_path), "50"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["differing"] == []
-    assert facts["killed"] >= 12 and facts["resumed"] >= 3
+    assert facts["killed"] >= 50 and facts["resumed"] >= 20
 
 
 # Bad input

@@ -138,7 +138,7 @@ class BlockMerge:
     def estimate(self, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
         """What the merge will need, from merging one block of each kind for two experts beside ``out``.
 
-        The other blocks are gone through with weights of zero.
+        The other blocks are not computed.
 
         Args:
             infos: name → shape and dtype of every tensor of the output.
@@ -167,8 +167,8 @@ class BlockMerge:
                 resume=False,
                 shard_bytes=None,
             )
-            others = like.keys() - {block.path for block in measured}
-            with file as output, closing(sweep.evidence(without=others, hollow=True)) as evidence:
+            others = {path: first for path, first in like.items() if path != first}
+            with file as output, closing(sweep.evidence(instead=others)) as evidence:
                 for block, of_block in evidence:
                     began = time.perf_counter()
                     if block.path not in others:

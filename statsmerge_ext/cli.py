@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+import time
 import traceback
 from dataclasses import fields
 from pathlib import Path
@@ -178,6 +179,7 @@ def _device(name: str) -> torch.device:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    loading = time.process_time()  # what every command takes before it begins
     recipe = load_recipe(options.recipe)
     if get_method(recipe.method).by_layer:
         keep_freed_memory(_KEPT_BLOCK_BY_BLOCK)
@@ -203,7 +205,7 @@ def _merge(options: argparse.Namespace) -> None:
         print(f"would write {options.out}: {size}")
         if "seconds" in plan:
             print(
-                f"would read {plan['bytes_read'] / 1e6:.1f} MB and take about {plan['seconds']:.1f} s "
+                f"would read {plan['bytes_read'] / 1e6:.1f} MB and take about {loading + plan['seconds']:.1f} s "
                 f"and {plan['memory'] / 1e6:.0f} MB of memory"
             )
     elif not quiet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -82,6 +83,7 @@ def run_merge(
         StatsMergeError: a RecipeError, CheckpointError, CalibrationError, MethodError or ProcessError that says what is
             wrong; no partial output is left, except that of an interrupted run.
     """
+    began = time.perf_counter()
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     if vocab is not None:
@@ -108,10 +110,13 @@ def run_merge(
     if dry_run:
         if processes.count() > 1:
             raise ProcessError("dry_run: says what one process needs; run it in one, without torchrun")
+        prepared = time.perf_counter() - began
         if blocks:
             plan |= blocks.estimate(infos, out)
         elif on_disk and not recipe.needs_data:
             plan |= estimate(recipe.method, base, experts, infos, out, **options, **recipe.hyperparameters)
+        if "seconds" in plan:
+            plan["seconds"] += prepared
         return {"plan": plan}
 
     journal = out.with_name(out.name + ".journal")

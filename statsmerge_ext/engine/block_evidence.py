@@ -66,12 +66,14 @@ class BlockSweep:
         #: A block whose own output nobody needs.
         self._end = last if last.is_leaf and calls.count(last) == 1 else None
 
-    def evidence(self, *, without: Container[str] = (), hollow: bool = False) -> Iterator[tuple[Block, GramEvidence]]:
+    def evidence(
+        self, *, without: Container[str] = (), instead: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[Block, GramEvidence]]:
         """(block, its evidence) for every block, those that are never called at the end. Several processes go through
         them alike, and the evidence is that of all.
 
-        Blocks whose paths are in ``without`` are gone through, but nothing is summed there; if ``hollow``, with weights
-        of zero instead of the experts'.
+        Blocks whose paths are in ``without`` are gone through, but nothing is summed there. Those in ``instead`` (path ->
+        path) are not even computed, but give what another block of the same kind has given.
 
         Raises:
             CalibrationError: what :func:`~statsmerge_ext.evidence.collect_grams` raises; or a sample makes the model
@@ -79,18 +81,19 @@ class BlockSweep:
             CheckpointError: weights hold NaN or infinity.
             ProcessError: another process has ended.
         """
+        instead = instead or {}
         left = Counter(block.path for block in self._calls)
         called = set(left)
         opened: dict[str, _Sums] = {}
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
-        passes = [self._model.run(batch, self._watching, self._end) for _, batch in self._batches]
+        passes = [self._model.run(batch, self._watching, self._end, instead) for _, batch in self._batches]
         try:
             self._go_on(self._model.resident, passes, None)
             for block in self._calls:
                 self._check_arrived(block, passes)
-                if block.path in without:
-                    self._go_on(block, passes, None, hollow=hollow)
+                if block.path in without or block.path in instead:
+                    self._go_on(block, passes, None, hollow=block.path in instead)
                 else:
                     sums = opened.setdefault(block.path, _Sums(list(self._experts), self._model.shapes))
                     self._go_on(block, passes, sums)

@@ -94,11 +94,13 @@ class BlockModel:
         batch: Batch,
         watch: Callable[[nn.Module], AbstractContextManager] = nullcontext,
         end: Block | None = None,
+        instead: Mapping[str, str] | None = None,
     ) -> Pass:
         """A forward pass that is suspended wherever it is about to call a block, at (block, arguments).
 
         ``watch(module tree)`` is a further context of it, whose hooks come after the suspension. What the block ``end``
-        makes of its input is not computed: the pass ends there.
+        makes of its input is not computed: the pass ends there. Blocks whose paths are in ``instead`` are not computed,
+        either: they give what the block of the path there has given before, if it has.
         """
 
         @contextmanager
@@ -117,6 +119,17 @@ class BlockModel:
                 module = model.get_submodule(block.path)
                 module.register_forward_pre_hook(partial(enter, block), with_kwargs=True)
                 module.register_forward_hook(partial(leave, block))
+
+            outputs: dict[str, object] = {}
+
+            def recorded(block: Block, forward: Callable[..., object], *args, **kwargs) -> object:
+                known = instead.get(block.path)
+                outputs[block.path] = outputs[known] if known in outputs else forward(*args, **kwargs)
+                return outputs[block.path]
+
+            for block in self.blocks if instead else ():
+                module = model.get_submodule(block.path)
+                module.forward = partial(recorded, block, module.forward)
 
             def stop(module: nn.Module, args: tuple) -> None:
                 if depth[end] == 1:

@@ -72,8 +72,8 @@ class BlockSweep:
         """(block, its evidence) for every block, those that are never called at the end. Several processes go through
         them alike, and the evidence is that of all.
 
-        Blocks whose paths are in ``without`` are gone through, but nothing is summed there. Those in ``instead`` (path ->
-        path) are not even computed, but give what another block of the same kind has given.
+        Blocks whose paths are in ``without`` are gone through, but nothing is summed there. Those in ``instead`` give
+        what another block of the same kind has given, and are not computed: path -> its path.
 
         Raises:
             CalibrationError: what :func:`~statsmerge_ext.evidence.collect_grams` raises; or a sample makes the model

@@ -196,7 +196,7 @@ class BlockMerge:
     def _kind(self, block: Block) -> tuple:
         """What blocks that take the same time have in common."""
         shapes = [(key.removeprefix(block.path), self._model.shapes[key]) for key in block.keys]
-        return tuple(shapes), len(block.layers), block in self._calls
+        return tuple(shapes), tuple((layer.kind, layer.source) for layer in block.layers), block in self._calls
 
     def _write_block(
         self, block: Block, evidence: GramEvidence, experts: Mapping[str, Mapping[str, Tensor]], output: ResumableOutput

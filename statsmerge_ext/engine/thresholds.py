@@ -43,7 +43,7 @@ def magnitude_thresholds(problem: MergeProblem, layers: list[Layer], densities: 
 
     mine = processes.share(stream.pieces, [piece.count for piece in stream.pieces])
 
-    def tally(piece: Piece, base: Tensor, experts: list[Tensor]) -> list[Tensor]:
+    def tally(piece: Piece, base: Tensor, experts: list[Tensor]) -> list[tuple[Tensor, int]]:
         near: list[list[Tensor]] = [[] for _ in searches]
         above = [0 for _ in searches]
         for start in range(0, max(piece.count, 1), BLOCK):
@@ -53,13 +53,14 @@ def magnitude_thresholds(problem: MergeProblem, layers: list[Layer], densities: 
                 is_above = bits >= search.end
                 above[place] += int(is_above.count_nonzero())
                 near[place].append(bits[(bits >= search.begin) ^ is_above])
-        return [search.counts(torch.cat(of_expert), n) for search, of_expert, n in zip(searches, near, above)]
+        return [(search.bins(torch.cat(of_expert)), n) for search, of_expert, n in zip(searches, near, above)]
 
     while any(search.threshold is None for search in searches):
         totals = [torch.zeros(_BINS + 1, dtype=torch.int64) for _ in searches]
-        for _, counts in stream.results(tally, mine):
-            for total, counted in zip(totals, counts, strict=True):
-                total += counted
+        for _, tallied in stream.results(tally, mine):
+            for total, (bins, above) in zip(totals, tallied, strict=True):
+                total.index_add_(0, bins, torch.ones_like(bins))  # few of them: a histogram of all bins takes longer
+                total[_BINS] += above
         for search, total in zip(searches, totals, strict=True):
             search.narrow(processes.add_up_(total).tolist())
     dtype = infinity.dtype
@@ -110,13 +111,12 @@ class _Search:
         first, last = (min(max(int(at), 0), len(sample) - 1) for at in (place - margin, place + margin))
         self._look(int(sample[first]), int(sample[last]) + 1)
 
-    def counts(self, near: Tensor, above: int) -> Tensor:
-        """[bins + 1]: how many of the magnitudes in [begin, end) are in each bin, and how many are above them all."""
-        bins = torch.bincount((near - self.begin) >> self.shift, minlength=_BINS)
-        return torch.cat([bins, bins.new_tensor([above])])
+    def bins(self, near: Tensor) -> Tensor:
+        """The numbers of the bins that magnitudes in [begin, end) are in."""
+        return ((near - self.begin) >> self.shift).long()
 
     def narrow(self, counts: list[int]) -> None:
-        """Look next where the ``counts`` of a sweep put the threshold."""
+        """Look next where a sweep puts the threshold: its ``counts`` of the magnitudes in each bin, and above all."""
         seen = counts[_BINS]
         if self.threshold is not None:
             return

@@ -231,6 +231,22 @@ def test_a_dry_run_says_what_the_merge_will_take(tmp_path):
     assert seconds / 10 < plan["seconds"] < 5 * seconds
 
 
+def test_a_dry_run_merges_one_block_of_each_kind(tmp_path, monkeypatch):
+    """Embeddings and head have the same shape and are no less two kinds; blocks of a known kind are not computed."""
+    models = save_family(tmp_path, "llama")
+    written, calls = [], []
+    write, forward = blockwise.BlockMerge._write_block, transformers.models.llama.modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(
+        blockwise.BlockMerge, "_write_block", lambda *a: (written.append(a[1].path), write(*a)) and None
+    )
+    monkeypatch.setattr(
+        transformers.models.llama.modeling_llama.LlamaMLP, "forward", lambda *a: (calls.append(1), forward(*a))[1]
+    )
+    merge(models, dry_run=True)
+    assert written == ["model.embed_tokens", "model.layers.0", "model.norm", "lm_head", ""]
+    assert len(calls) == 3 + 2  # the rehearsal's three blocks, and one for each of two experts
+
+
 # Interruptions
 
 

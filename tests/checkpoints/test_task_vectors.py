@@ -15,8 +15,8 @@ from statsmerge_ext.checkpoints import (
     open_expert,
     quantize_expert,
     quantize_experts,
+    quantizing,
     save_state_dict,
-    task_vectors,
 )
 from statsmerge_ext.cli import main
 from statsmerge_ext.errors import CheckpointError
@@ -62,11 +62,11 @@ def test_values_are_within_half_a_step(models, tmp_path, bits, group_size):
 @pytest.mark.parametrize("group_size", [None, 8, 24, 4096])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_runs_make_up_what_is_quantised_at_once(monkeypatch, bits, group_size):
-    monkeypatch.setattr(task_vectors, "_RUN", 64)
+    monkeypatch.setattr(quantizing, "_RUN", 64)
     for count in (1, 63, 64, 65, 128, 1003):
         flat = torch.randn(count, generator=torch.Generator().manual_seed(count))
         whole = QuantizedTensor.quantize(flat, bits, group_size)
-        runs = list(task_vectors._quantized_runs(flat, bits, group_size))
+        runs = list(quantizing._quantized_runs(flat, bits, group_size))
         assert torch.equal(torch.cat([run.codes for _, run in runs]), whole.codes)
         assert torch.equal(torch.cat([run.dequantize() for _, run in runs]), whole.dequantize())
         scales = torch.cat([run.scale for _, run in runs])

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(statsmerge, m) {
   m.def("gram_accumulate_(Tensor(a!) gram, Tensor x, Tensor? weight, Tensor? other) -> ()");
   m.def(
       "gram_accumulate_patches_(Tensor(a!) gram, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-      " int groups, Tensor? weight) -> ()");
+      " int groups, Tensor? weight, Tensor? other) -> ()");
   m.def("symmetrize_(Tensor(a!) gram) -> ()");
   m.def(
       "layer_solve(Tensor c, Tensor d, Tensor? anchor, float rcond, float ridge)"

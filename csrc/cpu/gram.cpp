@@ -50,11 +50,21 @@ void gram_accumulate_(Tensor gram, Tensor x, std::optional<Tensor> weight, std::
   }
 }
 
-// gram [groups, in, in], x [N, C, three spatial dimensions], weight [N, outputs]; `padding` is two numbers a dimension,
-// in front and behind.
+template <class Acc>
+void accumulate_patches(const Tensor& gram, const Patches& patches, const std::optional<Tensor>& weight,
+                        const std::optional<Tensor>& other) {
+  const std::optional<Tensor> weights = weights_of(gram, weight);
+  const Grams<Acc> grams = grams_of<Acc>(gram);
+  if (!other) return accumulate_patch_grams<Acc>(patches, data_of<Acc>(weights), grams);
+  const MatrixView second = view_of(*other, "other");
+  accumulate_patch_cross_grams<Acc>(patches, second, other->stride(0), data_of<Acc>(weights), grams);
+}
+
+// gram [groups, in, in2], x [N, C, three spatial dimensions], weight [N, outputs], other [groups, N · outputs, in2];
+// `padding` is two numbers a dimension, in front and behind.
 void gram_accumulate_patches_(Tensor gram, Tensor x, std::vector<int64_t> kernel, std::vector<int64_t> stride,
                               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                              std::optional<Tensor> weight) {
+                              std::optional<Tensor> weight, std::optional<Tensor> other) {
   if (x.numel() == 0 || gram.numel() == 0) return;
   const int64_t channels = x.sizes()[1] / groups;
   Patches patches{bytes(x),    storage_of(x, "x"),       x.sizes()[0], groups, channels,
@@ -69,11 +79,10 @@ void gram_accumulate_patches_(Tensor gram, Tensor x, std::vector<int64_t> kernel
     patches.out[d] =
         (patches.size[d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
   }
-  const std::optional<Tensor> weights = weights_of(gram, weight);
   if (gram.scalar_type() == ScalarType::Double) {
-    accumulate_patch_grams(patches, data_of<double>(weights), grams_of<double>(gram));
+    accumulate_patches<double>(gram, patches, weight, other);
   } else {
-    accumulate_patch_grams(patches, data_of<float>(weights), grams_of<float>(gram));
+    accumulate_patches<float>(gram, patches, weight, other);
   }
 }
 

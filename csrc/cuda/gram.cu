@@ -212,12 +212,12 @@ void gram_accumulate_(Tensor gram, Tensor x, std::optional<Tensor> weight, std::
   }
 }
 
-// Grams of patches, `tokens` for every group; weight [groups, tokens].
+// Grams of patches, `tokens` for every group; weight [groups, tokens], other [groups, tokens, in2].
 template <class Acc, class T>
 void accumulate_patches(const Tensor& gram, const Patches<T>& patches, int64_t tokens, ScalarType type,
-                        const std::optional<Tensor>& weight) {
+                        const std::optional<Tensor>& weight, const std::optional<Tensor>& other) {
   const int64_t groups = gram.sizes()[0], columns = gram.sizes()[1], pitch = ceil_div(columns, 8) * 8;
-  if (columns <= kSmall) return accumulate_small<Acc>(gram, patches, tokens, Weights<Acc>(weight));
+  if (!other && columns <= kSmall) return accumulate_small<Acc>(gram, patches, tokens, Weights<Acc>(weight));
   const int64_t fitting = kWorkspaceBytes / (groups * pitch * static_cast<int64_t>(sizeof(T)));
   const int64_t most = std::min(tokens, std::max<int64_t>(fitting / kUnfoldEdge, 1) * kUnfoldEdge);
   const Tensor workspace = new_empty(gram, {groups * most * pitch}, type);
@@ -229,15 +229,16 @@ void accumulate_patches(const Tensor& gram, const Patches<T>& patches, int64_t t
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     const Tensor rows = reshape(slice(workspace, 0, 0, groups * n * pitch), {groups, n, pitch});
     const std::optional<Tensor> factors = weight ? std::optional(slice(*weight, 1, first, n)) : std::nullopt;
-    accumulate<Acc>(gram, slice(rows, 2, 0, columns), factors, std::nullopt);
+    const std::optional<Tensor> second = other ? std::optional(slice(*other, 1, first, n)) : std::nullopt;
+    accumulate<Acc>(gram, slice(rows, 2, 0, columns), factors, second);
   }
 }
 
-// gram [groups, in, in], x [N, C, three spatial dimensions], weight [N, outputs]; `padding` is two numbers a dimension,
-// in front and behind. Shapes are checked by the Python wrapper.
+// gram [groups, in, in2], x [N, C, three spatial dimensions], weight [N, outputs], other [groups, N · outputs, in2];
+// `padding` is two numbers a dimension, in front and behind. Shapes are checked by the Python wrapper.
 void gram_accumulate_patches_(Tensor gram, Tensor x, std::vector<int64_t> kernel, std::vector<int64_t> stride,
                               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                              std::optional<Tensor> weight) {
+                              std::optional<Tensor> weight, std::optional<Tensor> other) {
   if (x.numel() == 0 || gram.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(gram.get_device_index());
   int64_t tokens = x.sizes()[0];
@@ -269,9 +270,9 @@ void gram_accumulate_patches_(Tensor gram, Tensor x, std::vector<int64_t> kernel
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
     const Patches<T> patches{data<const T>(x), shape};
     if (gram.scalar_type() == ScalarType::Double) {
-      accumulate_patches<double>(gram, patches, tokens, x.scalar_type(), every);
+      accumulate_patches<double>(gram, patches, tokens, x.scalar_type(), every, other);
     } else {
-      accumulate_patches<float>(gram, patches, tokens, x.scalar_type(), every);
+      accumulate_patches<float>(gram, patches, tokens, x.scalar_type(), every, other);
     }
   });
 }

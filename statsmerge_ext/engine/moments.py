@@ -69,18 +69,12 @@ class Moments:
     def add_patches(self, x: Tensor, y: Tensor, geometry: Geometry) -> None:
         """Add the patches of x [N, C, *spatial] and the outputs y [N, groups · out, *outputs] of a convolution."""
         ops.gram_accumulate_patches_(self.gram, x, **vars(geometry))
-        targets, count = _by_groups(y, geometry.groups), math.prod(geometry.kernel_size)
-        products = self.product.unflatten(-1, (-1, count)).unbind(-1)
-        depthwise = self.product.shape[1:] == (1, count)
-        for product, tap in zip(products, _taps(x, geometry), strict=True):
-            if depthwise:  # matrices of one entry: nothing for a matrix product to gain
-                product += (tap * y).movedim(1, -1).flatten(0, -2).sum(0).reshape(product.shape)
-            else:
-                ops.gram_accumulate_(product, targets, other=_by_groups(tap, geometry.groups))
-        for inputs, tap in zip(self.inputs.unflatten(-1, (-1, count)).unbind(-1), _taps(x.sum(0, True), geometry)):
-            inputs += tap.flatten(2).sum((0, 2)).reshape(inputs.shape)
-        self.outputs += targets.sum(1)
-        self.count += targets.shape[1]
+        ops.gram_accumulate_patches_(self.product.mT, x, **vars(geometry), other=y)
+        by_tap = self.inputs.unflatten(-1, (-1, math.prod(geometry.kernel_size))).unbind(-1)
+        for inputs, tap in zip(by_tap, _taps(_sum_of_images(x), geometry), strict=True):
+            inputs += tap.flatten(1).sum(1).reshape(inputs.shape)
+        self.outputs += y.sum((0, *range(2, y.dim()))).reshape(self.outputs.shape)
+        self.count += y.numel() // y.shape[1]
 
     def _add_means(self, x: Tensor, y: Tensor, factors: Tensor | None) -> None:
         """Take account of rows x [groups, rows, in] and y [groups, rows, out] in all that is no product of the two."""
@@ -140,14 +134,15 @@ def _mean_eigenvalue(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
 
-def _by_groups(x: Tensor, groups: int) -> Tensor:
-    """x [N, groups · channels, *spatial] as [groups, N · positions, channels]."""
-    return x.movedim(1, -1).flatten(0, -2).unflatten(-1, (groups, -1)).movedim(1, 0)
+def _sum_of_images(x: Tensor) -> Tensor:
+    """x [N, C, *spatial] summed over N, in the order of its memory: torch's own sum of channels last is slow."""
+    order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
+    return x.permute(0, *order).sum(0).permute(*(order.index(dim) for dim in range(1, x.dim())))
 
 
 def _taps(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """For every element of the kernel, what it meets of x at all positions: [N, C, *outputs]."""
-    outputs, x = geometry.outputs(x.shape[2:]), padded(x, geometry)
+    """For every element of the kernel, what it meets of x [C, *spatial] at all positions: [C, *outputs]."""
+    outputs, x = geometry.outputs(x.shape[1:]), padded(x, geometry)
     for offsets in itertools.product(*map(range, geometry.kernel_size)):
         starts = [offset * spread for offset, spread in zip(offsets, geometry.dilation, strict=True)]
         spans = zip(starts, outputs, geometry.stride, strict=True)

@@ -84,21 +84,24 @@ def gram_accumulate_patches_(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     weight: Any = None,
+    other: Any = None,
 ) -> Any:
-    """Add patchesᵀ diag(weight) patches to `gram` in place and return it, for the patches that a convolution reads.
+    """Add patchesᵀ diag(weight) patches, or patchesᵀ diag(weight) other, to `gram` in place and return it, for the
+    patches that a convolution reads.
 
     The patches, `unfold_patches(x, …)`, are formed a few at a time inside the kernel, never as a whole.
 
     Args:
-        gram: [groups, in, in] with in = C / groups · Π kernel_size, in the order of the convolution's weight; float32
-            or float64, the type that is accumulated in. Only the lower triangles are kept up to date, as by
-            `gram_accumulate_`.
+        gram: [groups, in, in2] with in = C / groups · Π kernel_size, in the order of the convolution's weight; float32
+            or float64, the type that is accumulated in. Without `other`, in2 = in and only the lower triangles are kept
+            up to date, as by `gram_accumulate_`.
         x: [N, C, *spatial], the convolution's input: one to three spatial dimensions, any strides; float64, float32,
             bfloat16 or float16.
         kernel_size, stride, dilation: one number, or one a dimension.
         padding: zeros around the input: one number, or for every dimension a number or a pair (before, after).
         groups: the convolution's groups.
         weight: [N, *output spatial], one factor a patch.
+        other: [N, groups · in2, *output spatial], the second factor of a cross Gram, such as the convolution's output.
 
     Raises:
         TypeError, ValueError: an argument is of another dtype, shape, range or device than the others ask for.
@@ -124,8 +127,16 @@ def gram_accumulate_patches_(
             fail("kernel_size", f"a kernel that fits into the padded size {room} of dimension {axis}", reach)
         outputs.append((room - reach) // steps[axis] + 1)
     columns = images.shape[1] // groups * torch.Size(kernel).numel()
-    check_shape(target, "gram", [groups, columns, columns])
-    scale = None
+    scale = second = None
+    in2 = columns
+    if other is not None:
+        second = as_tensor(other, "other").detach()
+        check_dtype(second, "other")
+        check_device(second, "other", target.device)
+        in2 = target.shape[-1]
+        check_shape(second, "other", [images.shape[0], groups * in2, *outputs])
+        second = rows_of_groups(second, groups)
+    check_shape(target, "gram", [groups, columns, in2])
     if weight is not None:
         scale = as_tensor(weight, "weight").detach()
         check_device(scale, "weight", target.device)
@@ -143,8 +154,15 @@ def gram_accumulate_patches_(
         [1] * front + spread,
         groups,
         scale,
+        second,
     )
     return updated(gram, target)
+
+
+def rows_of_groups(x: Tensor, groups: int) -> Tensor:
+    """x [N, groups · channels, *spatial] as [groups, N · positions, channels], without a copy where its memory is laid
+    out channels last."""
+    return x.movedim(1, -1).flatten(0, -2).unflatten(-1, (groups, -1)).movedim(1, 0)
 
 
 def unfold_patches(
@@ -236,11 +254,13 @@ def gram_accumulate_patches_reference(
     dilation: Sequence[int],
     groups: int = 1,
     weight: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> Tensor:
-    """The same in plain torch, with every option given for each dimension; the whole matrices are up to date."""
+    """The same in plain torch, with every option given for each dimension and `other` as [groups, N · outputs, in2];
+    the whole matrices are up to date."""
     patches = unfold_patches(x, kernel_size, stride, padding, dilation, groups)
     factors = None if weight is None else weight.reshape(1, -1).expand(patches.shape[:2])
-    return gram_accumulate_reference(gram, patches, weight=factors)
+    return gram_accumulate_reference(gram, patches, weight=factors, other=other)
 
 
 def _fallback(gram: Tensor, x: Tensor, weight: Tensor | None, other: Tensor | None) -> None:
@@ -260,10 +280,11 @@ def _patches_fallback(
     dilation: list[int],
     groups: int,
     weight: Tensor | None,
+    other: Tensor | None,
 ) -> None:
     pairs = list(zip(padding[::2], padding[1::2], strict=True))
     gram_accumulate_patches_reference(
-        gram, x, kernel, stride=stride, padding=pairs, dilation=dilation, groups=groups, weight=weight
+        gram, x, kernel, stride=stride, padding=pairs, dilation=dilation, groups=groups, weight=weight, other=other
     )
 
 
@@ -276,6 +297,7 @@ def _patches_fake(
     dilation: list[int],
     groups: int,
     weight: Tensor | None,
+    other: Tensor | None,
 ) -> None:
     torch._check(x.dim() == 5)
 

@@ -172,6 +172,7 @@ def convolutions(draw):
     st.sampled_from([torch.float32, torch.float64]),
     st.sampled_from(["dense", "channels last", "sliced"]),
     st.booleans(),
+    st.sampled_from([None, None, 1, 3, 5, 50]),
     st.integers(0, 2**31),
 )
 @example(  # one element for one element, but from the padding
@@ -181,26 +182,35 @@ def convolutions(draw):
     torch.float32,
     "dense",
     False,
+    None,
     0,
 )
-def test_patches_of_any_convolution(convolution, target, dtype, gram_dtype, layout, weighted, seed):
+def test_patches_of_any_convolution(convolution, target, dtype, gram_dtype, layout, weighted, others, seed):
     images, channels, size, kernel, geometry = convolution
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(images, channels, *size, generator=generator).to(dtype)
-    if layout == "channels last":
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    elif layout == "sliced":
-        x = torch.stack([x, x + 1], -1)[..., 0]
-    columns = channels // geometry["groups"] * torch.Size(kernel).numel()
-    empty = torch.zeros(geometry["groups"], columns, columns, dtype=torch.float64)
-    options = {}
-    if weighted:
+    generator, groups = torch.Generator().manual_seed(seed), geometry["groups"]
+
+    def laid_out(x):
+        if layout == "channels last":
+            return x.movedim(1, -1).contiguous().movedim(-1, 1)
+        return torch.stack([x, x + 1], -1)[..., 0] if layout == "sliced" else x
+
+    x = laid_out(torch.randn(images, channels, *size, generator=generator).to(dtype))
+    columns = channels // groups * torch.Size(kernel).numel()
+    empty = torch.zeros(groups, columns, others or columns, dtype=torch.float64)
+    options, expected = {}, {}
+    if weighted or others:
         outputs = torch.empty(images, 1, *size, device="meta")
         outputs = torch.nn.functional.pad(outputs, [side for pair in geometry["padding"][::-1] for side in pair])
         for axis, (k, step, spread) in enumerate(zip(kernel, geometry["stride"], geometry["dilation"], strict=True)):
             outputs = outputs.unfold(2 + axis, spread * (k - 1) + 1, step)
-        options["weight"] = torch.rand(images, *outputs.shape[2 : 2 + len(size)], generator=generator)
-    exact = gram_accumulate_patches_reference(empty.clone(), x, kernel, **geometry, **options)
+        outputs = outputs.shape[2 : 2 + len(size)]
+    if weighted:
+        options["weight"] = expected["weight"] = torch.rand(images, *outputs, generator=generator)
+    if others:
+        options["other"] = laid_out(torch.randn(images, groups * others, *outputs, generator=generator).to(dtype))
+        by_group = options["other"].movedim(1, -1).reshape(-1, groups, others)
+        expected["other"] = by_group.transpose(0, 1)
+    exact = gram_accumulate_patches_reference(empty.clone(), x, kernel, **geometry, **expected)
     before = _C.cpu_target()
     _C.set_cpu_target(target)
     try:
@@ -209,7 +219,8 @@ def test_patches_of_any_convolution(convolution, target, dtype, gram_dtype, layo
         _C.set_cpu_target(before)
     tolerance = 1e-12 if gram_dtype == torch.float64 else 2e-5
     scale = exact.abs().max().clamp_min(1)
-    torch.testing.assert_close(symmetrize_(gram).double(), exact, rtol=0, atol=tolerance * scale.item())
+    gram = gram if others else symmetrize_(gram)
+    torch.testing.assert_close(gram.double(), exact, rtol=0, atol=tolerance * scale.item())
 
 
 @pytest.mark.usefixtures("every_target")
@@ -226,16 +237,27 @@ def test_depthwise_patches(dtype, kernel, stride, images, side, assert_as_accura
     exact = gram_accumulate_patches_reference(empty.double(), x, [kernel] * 2, **full)
     assert_as_accurate(gram, peer, exact)
 
+    y = torch.randn(images, 40, *[(side - 1) // stride + 1] * 2).to(dtype)
+    empty, rows = torch.zeros(40, kernel**2, 1), y.movedim(1, -1).reshape(-1, 40, 1).transpose(0, 1)
+    cross = gram_accumulate_patches_(empty.mT.clone().mT, x, kernel, **geometry, other=y)
+    peer = gram_accumulate_patches_reference(empty.clone(), x, [kernel] * 2, **full, other=rows)
+    exact = gram_accumulate_patches_reference(empty.double(), x, [kernel] * 2, **full, other=rows)
+    assert_as_accurate(cross, peer, exact)
+
 
 @pytest.mark.parametrize("channels", [3, 40, 96])
 def test_patches_are_those_of_the_convolution(channels):
-    """The convolution of x by w is patches · wᵀ, so its squared sum is w gram wᵀ."""
+    """The convolution of x by w is patches · wᵀ, so its squared sum is w gram wᵀ, and what it has in common with the
+    patches gram wᵀ."""
     x, w = torch.randn(2, channels, 9, 8).double(), torch.randn(6, channels, 3, 2).double()
     options = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
     columns = channels * 6
     gram = symmetrize_(gram_accumulate_patches_(torch.zeros(1, columns, columns).double(), x, (3, 2), **options))[0]
-    out = torch.nn.functional.conv2d(x, w, **options).movedim(1, -1).reshape(-1, 6)
+    y = torch.nn.functional.conv2d(x, w, **options)
+    out = y.movedim(1, -1).reshape(-1, 6)
     torch.testing.assert_close(w.flatten(1) @ gram @ w.flatten(1).T, out.T @ out)
+    cross = gram_accumulate_patches_(torch.zeros(1, columns, 6).double(), x, (3, 2), **options, other=y)[0]
+    torch.testing.assert_close(cross, gram @ w.flatten(1).T)
 
 
 @pytest.mark.parametrize("shape", [(5, 40, 12, 12), (20, 3, 12, 12), (3, 40, 12, 12)])
@@ -247,6 +269,12 @@ def test_patches_do_not_depend_on_threads(shape, with_threads):
         with_threads(n, lambda: gram_accumulate_patches_(empty.clone(), x, 3, padding=1, groups=groups)) for n in (1, 2)
     )
     assert torch.equal(symmetrize_(one), symmetrize_(two))
+    empty = torch.zeros(groups, columns, shape[1] // groups)
+    one, two = (
+        with_threads(n, lambda: gram_accumulate_patches_(empty.clone(), x, 3, padding=1, groups=groups, other=x))
+        for n in (1, 2)
+    )
+    assert torch.equal(one, two)
 
 
 def test_patches_of_no_images():
@@ -288,6 +316,18 @@ def test_patches_of_no_images():
             {"weight": torch.ones(1, 4, 4)},
             ValueError,
             r"weight: expected shape \[1, 2, 2\], got \[1, 4, 4\]",
+        ),
+        (
+            (torch.zeros(2, 9, 5), torch.zeros(1, 2, 4, 4), 3),
+            {"groups": 2, "other": torch.zeros(1, 5, 2, 2)},
+            ValueError,
+            r"other: expected shape \[1, 10, 2, 2\], got \[1, 5, 2, 2\]",
+        ),
+        (
+            (torch.zeros(1, 8, 5), torch.zeros(1, 1, 4, 4), 3),
+            {"other": torch.zeros(1, 5, 2, 2)},
+            ValueError,
+            r"gram: expected shape \[1, 9, 5\]",
         ),
         (
             (torch.zeros(1, 9, 9), torch.zeros(1, 1, 4, 4).int(), 3),
@@ -394,8 +434,10 @@ def test_opcheck_of_symmetrize(opcheck):
 def test_opcheck_of_patches(opcheck):
     x, weight = torch.randn(2, 6, 1, 8, 9), torch.rand(2, 4 * 9)
     geometry = ([1, 3, 3], [1, 2, 1], [0, 0, 1, 0, 1, 1], [1, 1, 1])
-    opcheck("gram_accumulate_patches_", torch.zeros(6, 9, 9), x, *geometry, 6, weight)
-    opcheck("gram_accumulate_patches_", torch.zeros(1, 54, 54, dtype=torch.float64), x.bfloat16(), *geometry, 1, None)
+    opcheck("gram_accumulate_patches_", torch.zeros(6, 9, 9), x, *geometry, 6, weight, None)
+    gram = torch.zeros(1, 54, 54, dtype=torch.float64)
+    opcheck("gram_accumulate_patches_", gram, x.bfloat16(), *geometry, 1, None, None)
+    opcheck("gram_accumulate_patches_", torch.zeros(6, 9, 2), x, *geometry, 6, weight, torch.randn(6, 2 * 4 * 9, 2))
 
 
 def test_traces_in_one_graph():

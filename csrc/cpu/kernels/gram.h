@@ -28,4 +28,10 @@ void accumulate_cross_grams(const MatrixView& x, int64_t x_stride, const MatrixV
 template <class Acc>
 void accumulate_patch_grams(const Patches& patches, const Acc* weight, const Grams<Acc>& grams);
 
+// The same for a second factor of its own, patchesᵀ diag(weight) other, all of it: one row for each patch, group g's
+// shifted by g · other_stride elements.
+template <class Acc>
+void accumulate_patch_cross_grams(const Patches& patches, const MatrixView& other, int64_t other_stride,
+                                  const Acc* weight, const Grams<Acc>& grams);
+
 }  // namespace statsmerge

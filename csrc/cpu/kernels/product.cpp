@@ -181,16 +181,17 @@ void accumulate_product(Acc alpha, const MatrixView& a, const MatrixView& b, con
 }
 
 template <class Acc>
-void accumulate_patches_product(const Patches& patches, int64_t group, const Acc* weight, Acc* c, int64_t c_row_stride,
-                                int64_t c_column_stride) {
-  const PatchesOfGroup x{patches, group, patches.rows(), patches.columns()};
-  if (x.rows == 0 || x.columns == 0) return;
-  Product<Acc, PatchesOfGroup>(1, x, x, weight, true).accumulate(c, c_row_stride, c_column_stride);
+void accumulate_patches_product(const Patches& a, const Patches& b, int64_t group, const Acc* weight, Acc* c,
+                                int64_t c_row_stride, int64_t c_column_stride, bool lower) {
+  const PatchesOfGroup x{a, group, a.rows(), a.columns()}, y{b, group, b.rows(), b.columns()};
+  if (x.rows == 0 || x.columns == 0 || y.columns == 0) return;
+  Product<Acc, PatchesOfGroup>(1, x, y, weight, lower).accumulate(c, c_row_stride, c_column_stride);
 }
 
 #define STATSMERGE_INSTANTIATE(Acc)                                                                           \
   template void accumulate_product(Acc, const MatrixView&, const MatrixView&, const Acc*, Acc*, int64_t, int64_t, bool); \
-  template void accumulate_patches_product(const Patches&, int64_t, const Acc*, Acc*, int64_t, int64_t);
+  template void accumulate_patches_product(const Patches&, const Patches&, int64_t, const Acc*, Acc*, int64_t, \
+                                           int64_t, bool);
 STATSMERGE_INSTANTIATE(float)
 STATSMERGE_INSTANTIATE(double)
 #undef STATSMERGE_INSTANTIATE

@@ -23,10 +23,9 @@ template <class Acc>
 void accumulate_product(Acc alpha, const MatrixView& a, const MatrixView& b, const Acc* weight, Acc* c,
                         int64_t c_row_stride, int64_t c_column_stride, bool lower);
 
-// The lower triangle of c += xᵀ diag(weight) x, where x [n, p] are the patches of one group. They are formed panel by
-// panel, never as a matrix.
+// The same for patches of one group as a [n, p] and b [n, q]. They are formed panel by panel, never as matrices.
 template <class Acc>
-void accumulate_patches_product(const Patches& patches, int64_t group, const Acc* weight, Acc* c, int64_t c_row_stride,
-                                int64_t c_column_stride);
+void accumulate_patches_product(const Patches& a, const Patches& b, int64_t group, const Acc* weight, Acc* c,
+                                int64_t c_row_stride, int64_t c_column_stride, bool lower);
 
 }  // namespace statsmerge

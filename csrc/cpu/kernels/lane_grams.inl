@@ -1,5 +1,5 @@
-// Compiled for every target by gram.cpp. As many small Grams as a vector has lanes, side by side: no sum crosses lanes,
-// and every element of a patch is read where it lies in the padded input.
+// Compiled for every target by lane_grams.cpp. As many small Grams as a vector has lanes, side by side: no sum crosses
+// lanes, and every element of a patch is read where it lies in the padded input.
 
 // One run of elements that every lane has at the same distance: out[k · pitch + lane] for k in [0, count). Lanes beyond
 // `lanes` are zeros.
@@ -31,9 +31,9 @@ STATSMERGE_INLINE void pack_run(const T* from, int64_t lanes, int64_t lane_strid
 
 // The part of an image's padded input that a tile's patches touch: [kernel depth, rows, columns, channels, lanes].
 template <class Acc, class T>
-STATSMERGE_INLINE void pack_image(const LaneTile<Acc>& tile, int64_t image, Acc* plane) {
+STATSMERGE_INLINE void pack_image(const LaneTile<Acc>& tile, const LaneInput& input, int64_t image, Acc* plane) {
   constexpr int64_t lanes = kLanes<Acc>;
-  const Patches& p = *tile.patches;
+  const Patches& p = *input.patches;
   const int64_t height = span(p, 1, tile.rows), width = span(p, 2, tile.columns), pitch = p.channels * lanes;
   const int64_t x = tile.x * p.stride[2] - p.padding[2];
   const int64_t begin = x < 0 ? (-x < width ? -x : width) : 0;
@@ -48,14 +48,14 @@ STATSMERGE_INLINE void pack_image(const LaneTile<Acc>& tile, int64_t image, Acc*
       }
       std::memset(plane, 0, static_cast<size_t>(begin * pitch) * sizeof(Acc));
       std::memset(plane + end * pitch, 0, static_cast<size_t>((width - end) * pitch) * sizeof(Acc));
-      const T* from = reinterpret_cast<const T*>(tile.data) + image * tile.image_stride + z * p.element_stride[0] +
+      const T* from = reinterpret_cast<const T*>(input.data) + image * p.image_stride + z * p.element_stride[0] +
                       y * p.element_stride[1] + (x + begin) * p.element_stride[2];
       Acc* to = plane + begin * pitch;
       if (p.channel_stride == 1 && p.element_stride[2] == p.channels) {
-        pack_run<Acc>(from, tile.lanes, tile.lane_stride, 1, (end - begin) * p.channels, to, lanes);
+        pack_run<Acc>(from, tile.lanes, input.stride, 1, (end - begin) * p.channels, to, lanes);
       } else {
         for (int64_t c = 0; c < p.channels; ++c) {
-          pack_run<Acc>(from + c * p.channel_stride, tile.lanes, tile.lane_stride, p.element_stride[2], end - begin,
+          pack_run<Acc>(from + c * p.channel_stride, tile.lanes, input.stride, p.element_stride[2], end - begin,
                         to + c * lanes, pitch);
         }
       }
@@ -64,10 +64,39 @@ STATSMERGE_INLINE void pack_image(const LaneTile<Acc>& tile, int64_t image, Acc*
 }
 
 template <class Acc, class T>
-STATSMERGE_INLINE void pack_tile(const LaneTile<Acc>& tile, Acc* planes) {
-  for (int64_t image = 0; image < tile.images; ++image) {
-    pack_image<Acc, T>(tile, image, planes + image * elements_of(tile) * kLanes<Acc>);
+void pack_images(const LaneTile<Acc>& tile, const LaneInput& input, Acc* planes) {
+  const int64_t elements = elements_of(*input.patches, tile.rows, tile.columns) * kLanes<Acc>;
+  for (int64_t image = 0; image < tile.images; ++image, planes += elements) {
+    pack_image<Acc, T>(tile, input, image, planes);
   }
+}
+
+template <class Acc>
+STATSMERGE_INLINE void pack_input(const LaneTile<Acc>& tile, const LaneInput& input, Acc* planes) {
+  switch (input.patches->storage) {
+    case Storage::f64:
+      return pack_images<Acc, double>(tile, input, planes);
+    case Storage::f32:
+      return pack_images<Acc, float>(tile, input, planes);
+    case Storage::bf16:
+      return pack_images<Acc, bf16>(tile, input, planes);
+    case Storage::f16:
+      return pack_images<Acc, f16>(tile, input, planes);
+  }
+}
+
+// Where the first patch of a line of outputs begins in the packed planes, and how far it is to the next.
+template <class Acc>
+STATSMERGE_INLINE int64_t start_of_line(const LaneTile<Acc>& tile, int64_t line) {
+  const Patches& p = *tile.input.patches;
+  const int64_t row_step = p.stride[1] * span(p, 2, tile.columns) * p.channels;
+  const int64_t image_step = elements_of(p, tile.rows, tile.columns);
+  return (line / tile.rows * image_step + line % tile.rows * row_step) * kLanes<Acc>;
+}
+
+template <class Acc>
+STATSMERGE_INLINE int64_t column_step_of(const LaneTile<Acc>& tile) {
+  return tile.input.patches->stride[2] * tile.input.patches->channels * kLanes<Acc>;
 }
 
 // B × B entries of every lane's Gram: sums[i · pitch + j] of the elements that the patches have at left[i] and right[j].
@@ -75,13 +104,10 @@ template <class Acc, int B, bool kDiagonal, bool kWeighted>
 void multiply_block(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weights, const int64_t* left,
                     const int64_t* right, Acc* sums, int64_t pitch) {
   constexpr int64_t lanes = kLanes<Acc>;
-  const Patches& p = *tile.patches;
-  const int64_t column_step = p.stride[2] * p.channels * lanes;
-  const int64_t row_step = p.stride[1] * span(p, 2, tile.columns) * p.channels * lanes;
-  const int64_t image_step = elements_of(tile) * lanes;
+  const int64_t column_step = column_step_of<Acc>(tile);
   Vector<Acc> block[B][B] = {};
   for (int64_t line = 0; line < tile.images * tile.rows; ++line) {
-    const Acc* from = plane + line / tile.rows * image_step + line % tile.rows * row_step;
+    const Acc* from = plane + start_of_line<Acc>(tile, line);
     for (int64_t column = 0; column < tile.columns; ++column, from += column_step) {
       Vector<Acc> factors[B];
 #pragma GCC unroll 5
@@ -105,52 +131,78 @@ void multiply_block(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weig
   }
 }
 
+// B entries of every lane's cross Gram: sums[j] of an output times the elements that the patches have at taps[j]. The
+// outputs of neighbouring patches are `step` apart.
 template <class Acc, int B, bool kWeighted>
-STATSMERGE_INLINE void multiply_blocks(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weights,
-                                       const int64_t* taps, int64_t count, Acc* sums) {
-  const int64_t pitch = count * kLanes<Acc>;
+void multiply_row(const LaneTile<Acc>& tile, const Acc* plane, const Acc* output, int64_t step, const Acc* weights,
+                  const int64_t* taps, Acc* sums) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  const int64_t column_step = column_step_of<Acc>(tile);
+  Vector<Acc> row[B] = {};
+  for (int64_t line = 0; line < tile.images * tile.rows; ++line) {
+    const Acc* from = plane + start_of_line<Acc>(tile, line);
+    for (int64_t column = 0; column < tile.columns; ++column, from += column_step, output += step) {
+      Vector<Acc> factor = load(output);
+      if constexpr (kWeighted) factor *= load(weights + (line * tile.columns + column) * lanes);
+#pragma GCC unroll 5
+      for (int j = 0; j < B; ++j) row[j] += factor * load(from + taps[j]);
+    }
+  }
+#pragma GCC unroll 5
+  for (int j = 0; j < B; ++j) store(sums + j * lanes, load(sums + j * lanes) + row[j]);
+}
+
+template <class Acc, int B, bool kWeighted>
+STATSMERGE_INLINE void multiply_blocks(const LaneTile<Acc>& tile, const Acc* plane, const Acc* outputs,
+                                       const Acc* weights, const int64_t* taps, int64_t count, Acc* sums) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  const int64_t pitch = count * lanes;
+  if (outputs) {
+    const int64_t channels = tile.other.patches->channels;
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t j = 0; j < count; j += B) {
+        multiply_row<Acc, B, kWeighted>(tile, plane, outputs + i * lanes, channels * lanes, weights, taps + j,
+                                        sums + i * pitch + j * lanes);
+      }
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; i += B) {
     for (int64_t j = 0; j < i; j += B) {
-      multiply_block<Acc, B, false, kWeighted>(tile, plane, weights, taps + i, taps + j,
-                                               sums + i * pitch + j * kLanes<Acc>, pitch);
+      multiply_block<Acc, B, false, kWeighted>(tile, plane, weights, taps + i, taps + j, sums + i * pitch + j * lanes,
+                                               pitch);
     }
-    multiply_block<Acc, B, true, kWeighted>(tile, plane, weights, taps + i, taps + i,
-                                            sums + i * pitch + i * kLanes<Acc>, pitch);
+    multiply_block<Acc, B, true, kWeighted>(tile, plane, weights, taps + i, taps + i, sums + i * pitch + i * lanes,
+                                            pitch);
   }
 }
 
 template <class Acc, int B>
-STATSMERGE_INLINE void multiply_taps(const LaneTile<Acc>& tile, const Acc* plane, const Acc* weights,
-                                     const int64_t* taps, int64_t count, Acc* sums) {
-  if (tile.weight) {
-    multiply_blocks<Acc, B, true>(tile, plane, weights, taps, count, sums);
+STATSMERGE_INLINE void multiply_taps(const LaneTile<Acc>& tile, const Acc* plane, const Acc* outputs,
+                                     const Acc* weights, const int64_t* taps, int64_t count, Acc* sums) {
+  if (weights) {
+    multiply_blocks<Acc, B, true>(tile, plane, outputs, weights, taps, count, sums);
   } else {
-    multiply_blocks<Acc, B, false>(tile, plane, weights, taps, count, sums);
+    multiply_blocks<Acc, B, false>(tile, plane, outputs, weights, taps, count, sums);
   }
 }
 
-// Adds a tile's patches to `sums` [taps, taps, lanes]. `scratch` has room for the padded input and the weights.
+// Adds a tile's patches to `sums` [taps or outputs, taps, lanes]. `scratch` has room for the padded input, the outputs
+// and the weights.
 template <class Acc>
 void accumulate_tile(const LaneTile<Acc>& tile, Acc* scratch, Acc* sums) {
   constexpr int64_t lanes = kLanes<Acc>;
-  const Patches& p = *tile.patches;
-  switch (p.storage) {
-    case Storage::f64:
-      pack_tile<Acc, double>(tile, scratch);
-      break;
-    case Storage::f32:
-      pack_tile<Acc, float>(tile, scratch);
-      break;
-    case Storage::bf16:
-      pack_tile<Acc, bf16>(tile, scratch);
-      break;
-    case Storage::f16:
-      pack_tile<Acc, f16>(tile, scratch);
-      break;
-  }
+  const Patches& p = *tile.input.patches;
   const int64_t height = span(p, 1, tile.rows), width = span(p, 2, tile.columns);
-  Acc* weights = scratch + tile.images * elements_of(tile) * lanes;
+  Acc* free = scratch + tile.images * elements_of(p, tile.rows, tile.columns) * lanes;
+  Acc *outputs = nullptr, *weights = nullptr;
+  pack_input(tile, tile.input, scratch);
+  if (tile.other.patches) {
+    outputs = std::exchange(free, free + tile.positions() * tile.other.patches->channels * lanes);
+    pack_input(tile, tile.other, outputs);
+  }
   if (tile.weight) {
+    weights = free;
     for (int64_t line = 0; line < tile.images * tile.rows; ++line) {
       const Acc* from = tile.weight + line / tile.rows * tile.weight_image_stride + line % tile.rows * p.out[2];
       pack_run<Acc>(from, tile.lanes, tile.weight_lane_stride, 1, tile.columns, weights + line * tile.columns * lanes,
@@ -169,10 +221,10 @@ void accumulate_tile(const LaneTile<Acc>& tile, Acc* scratch, Acc* sums) {
     taps[i] = (((z * height + y) * width + x) * p.channels + channel) * lanes;
   }
   if constexpr (kRegisters == 32) {
-    if (tile.block == 5) return multiply_taps<Acc, 5>(tile, scratch, weights, taps, count, sums);
-    if (tile.block == 4) return multiply_taps<Acc, 4>(tile, scratch, weights, taps, count, sums);
+    if (tile.block == 5) return multiply_taps<Acc, 5>(tile, scratch, outputs, weights, taps, count, sums);
+    if (tile.block == 4) return multiply_taps<Acc, 4>(tile, scratch, outputs, weights, taps, count, sums);
   }
-  multiply_taps<Acc, 3>(tile, scratch, weights, taps, count, sums);
+  multiply_taps<Acc, 3>(tile, scratch, outputs, weights, taps, count, sums);
 }
 
 template <class Acc>

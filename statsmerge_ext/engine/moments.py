@@ -13,6 +13,7 @@ from torch import Tensor
 from statsmerge_ext import ops
 from statsmerge_ext.engine.affine import padded
 from statsmerge_ext.engine.solving import RESOLUTION
+from statsmerge_ext.engine.spectral import FILTERS, effective_rank, spectral_solution
 from statsmerge_ext.evidence.observe import Geometry
 
 
@@ -48,6 +49,10 @@ class Moments:
         """Add the rows of ``other``."""
         for field in fields(self):
             getattr(self, field.name).add_(getattr(other, field.name))
+
+    def scaled(self, factor: float) -> Moments:
+        """The same rows, each counted ``factor`` times."""
+        return Moments(*(factor * getattr(self, field.name) for field in fields(self)))
 
     def add_rows(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         """Add rows x [..., in] and y [..., out] of a layer of one group, with one factor a row in ``weight`` [...]."""
@@ -95,20 +100,43 @@ class Moments:
             outputs += shift * self.count
         return Moments(self.gram, product, self.inputs, outputs, self.count)
 
-    def fit(self, ridge: float, *, shifted: bool, anchor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def fit(
+        self, ridge: float, *, shifted: bool, anchor: Tensor | None = None, filter: str = "ridge"
+    ) -> tuple[Tensor, Tensor | None]:
         """argmin Σ ‖W x + b − y‖² + ridge · m · ‖W − anchor‖², m being the mean eigenvalue of x's Gram matrix, and the
-        anchor 0 if none is given.
+        anchor 0 if none is given; or what another of :data:`~statsmerge_ext.engine.spectral.FILTERS` of the eigenvalues
+        over m makes of the same equations.
 
         With ``shifted`` the shift b is free, and the Gram matrix that of x less its mean; without it, b = 0.
 
         Returns: W [groups, out, in] in float64, and b [groups, out] or None.
         """
+        gram, product, scale = self._equations(shifted)
+        if filter == "ridge":
+            weight = ops.layer_solve(gram, product, filter="ridge", ridge=ridge, anchor=anchor).T
+        else:
+            start = torch.zeros_like(product) if anchor is None else anchor
+            # What is below the resolution of the features is rounding, whatever it is divided by.
+            least = RESOLUTION * _mean_eigenvalue(self.gram / scale).squeeze(-1)
+
+            def response(values: Tensor) -> Tensor:
+                return FILTERS[filter](torch.where(values > least, values, 0), ridge, float(self.count.max()))
+
+            weight = spectral_solution(gram, product, start, response)
+        return weight, self.shift_of(weight) if shifted else None
+
+    def effective_rank(self, *, shifted: bool) -> float:
+        """The mean over groups of the effective rank of what :meth:`fit` solves, as a part of its size."""
+        values = torch.linalg.eigvalsh(self._equations(shifted)[0]).clamp_min(0)
+        return float(effective_rank(values).mean()) / values.shape[-1]
+
+    def _equations(self, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """``gram`` and ``product``, centred if ``shifted``, over the mean eigenvalue; and that."""
         gram, product = self._centred() if shifted else (self.gram, self.product)
         least = RESOLUTION * _mean_eigenvalue(self.gram)
         scale = torch.maximum(_mean_eigenvalue(gram), least)
         scale = torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
-        solution = ops.layer_solve(gram / scale, product / scale, filter="ridge", ridge=ridge, anchor=anchor)
-        return solution.T, self.shift_of(solution.T) if shifted else None
+        return gram / scale, product / scale, scale
 
     def gains(self, weight: Tensor, ridge: float) -> Tensor:
         """argmin for each output of Σ (g (W x) + b − y)² with b free and a ridge that holds on to g = 1, a part of the

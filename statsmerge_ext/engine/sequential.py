@@ -71,28 +71,30 @@ Fit = Callable[[LayerEvidence], tuple[Tensor, Tensor | None] | None]
 
 
 def merge_in_execution_order(
-    problem: MergeProblem, fit: Fit, *, shifts: bool = True, surroundings: bool = True
+    problem: MergeProblem, fit: Fit, *, shifts: bool = True, surroundings: bool = True, feature_mix: float = 0.0
 ) -> Solution:
     """Merge by solving each layer with ``fit``, once all layers before it are merged.
 
     Linear layers, convolutions and the scales of norms are solved together with their biases. A BatchNorm with frozen
     statistics is one affine map with the layer before it, and a residual connection one target; both are found by
     :func:`~statsmerge_ext.engine.dataflow.trace_dataflow`. Without ``surroundings`` each layer is solved by itself,
-    without ``shifts`` even each weight, and biases are the mean. Embeddings are means of the experts' rows weighted by
-    token counts. All else starts and stays as the experts' mean: layers that are never called, bare parameters, the
-    statistics of BatchNorm. Up to the first layer that some expert changed, everything is the base's own.
+    without ``shifts`` even each weight, and biases are the mean. The inputs that are fitted are the merged model's, or
+    with a ``feature_mix`` α those and α of the way to the expert's own. Embeddings are means of the experts' rows
+    weighted by token counts. All else starts and stays as the experts' mean: layers that are never called, bare
+    parameters, the statistics of BatchNorm. Up to the first layer that some expert changed, everything is the base's
+    own.
 
     A layer that is called several times in a forward pass is solved at each call from the sums over all calls so far:
     what comes after a call sees what was known then, and the last solution stands.
 
     Raises what the forward passes raise.
     """
-    return _SequentialMerge(problem, fit, shifts, surroundings).run()
+    return _SequentialMerge(problem, fit, shifts, surroundings, feature_mix).run()
 
 
 class _SequentialMerge:
-    def __init__(self, problem: MergeProblem, fit: Fit, shifts: bool, surroundings: bool) -> None:
-        self._problem, self._fit = problem, fit
+    def __init__(self, problem: MergeProblem, fit: Fit, shifts: bool, surroundings: bool, feature_mix: float) -> None:
+        self._problem, self._fit, self._feature_mix = problem, fit, feature_mix
         self._shifts = shifts_of(problem.layers) if shifts else {}
         self._batches: list[tuple[str, Batch]] = [
             (name, join([batches[place] for place in places]))
@@ -172,7 +174,7 @@ class _SequentialMerge:
                 for place, call in enumerate(calls):
                     if call.expert == name and call.now:
                         lacking = self._lacking(layer, place, 1 if norm is None else scale)
-                        _add(moments, call, own, lacking)
+                        _add(moments, call, own, lacking, self._feature_mix)
                 if flow.calls > 1:
                     self._sums[layer.name, name] = moments
                 ops.symmetrize_(moments.gram)
@@ -245,7 +247,7 @@ class _Call:
         return None
 
 
-def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | None) -> None:
+def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | None, feature_mix: float) -> None:
     """Add the rows of one batch. Where expert and merged model do not see the same rows (a mixture of experts sends
     tokens elsewhere), what the expert makes of the merged model's is the target."""
     x = call.now.features().to(own.weight.dtype)
@@ -254,6 +256,8 @@ def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | None) -> 
     y = own(own_x, geometry)
     if lacking is not None:
         y += lacking
+    if feature_mix:
+        x = torch.lerp(x, own_x, feature_mix)
     if own.layer.kind == "conv":
         moments.add_patches(x, y, geometry)
     elif own.layer.kind == "scale":

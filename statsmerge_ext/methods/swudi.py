@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.spectral import effective_rank, gradient_descent, leading, spectral_solution
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.matrices import map_matrices
 from statsmerge_ext.methods.registry import register_method
@@ -34,13 +35,11 @@ def swudi(problem: MergeProblem, *, scaling_factor: float = 1.0, time: float = 1
     def merge(task_vectors: list[Tensor]) -> Tensor:
         gram, product = interference(task_vectors)
         start = sum(task_vector.double() for task_vector in task_vectors)
-        values, vectors = torch.linalg.eigh(gram)
-        values = values.clamp_min(0)
-        scale = torch.where(values.any(-1, keepdim=True), values.mean(-1, keepdim=True), 1)
-        values = values / scale
-        rank = values.sum(-1, keepdim=True).square() / values.square().sum(-1, keepdim=True)
-        places = torch.arange(values.shape[-1], 0, -1, device=values.device)  # 1 for the largest, which is the last
-        solved = torch.where((places <= rank.ceil()) & (values > 0), -torch.expm1(-time * values) / values, 0)
-        return start + ((product - start @ gram) @ vectors * (solved / scale).unsqueeze(-2)) @ vectors.mT
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        scale = torch.where(mean > 0, mean, 1)
+        return spectral_solution(gram / scale, product / scale, start, solved)
+
+    def solved(values: Tensor) -> Tensor:
+        return leading(values, effective_rank(values).ceil()) * gradient_descent(values, time)
 
     return map_matrices(problem, merge, scaling_factor)

@@ -8,7 +8,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from statsmerge_ext.checkpoints.writing import atomic_output
@@ -112,14 +112,18 @@ def _accuracy_bars(comparison: Comparison) -> str:
 
 
 def _drift_curves(comparison: Comparison) -> str:
+    return _png(drift_figure({row.name: row.drift for row in comparison.rows.values() if row.drift}))
+
+
+def drift_figure(drifts: Mapping[str, Mapping[str, float]]):
+    """A matplotlib figure of curves: name -> layer -> feature drift, layers in the order of execution."""
     figure, axes = _figure(11, 3.8)
-    for row in comparison.rows.values():
-        if row.drift:
-            axes.plot(list(row.drift.values()), label=row.name, linewidth=1.3)
+    for name, drift in drifts.items():
+        axes.plot(list(drift.values()), label=name, linewidth=1.3)
     axes.set_xlabel("layer, in order of execution")
     axes.set_ylabel("feature drift  ‖Y − Yₖ‖ / ‖Yₖ‖, mean over tasks")
     axes.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.22), frameon=False)
-    return _png(figure)
+    return figure
 
 
 def _heatmap(row: Row) -> str:

@@ -25,10 +25,10 @@ _ROWS_AN_INPUT = 20
 def drift_compensation(
     problem: MergeProblem,
     *,
-    scaling_factor: float = 1.3,
+    scaling_factor: float = 1.5,
     ridge: float = 3e-3,
-    drift_ridge: float = 5e-2,
-    ridge_by: str = "eigenvalue",
+    drift_ridge: float = 0.1,
+    ridge_by: str = "rows",
     filter: str = "ridge",
     anchor: str = "agreement",
     anchor_scale: float = 0.3,

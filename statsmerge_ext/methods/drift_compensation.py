@@ -126,5 +126,5 @@ def _ridge_factor(ridge_by: str, total: Moments, shifted: bool) -> float:
     if ridge_by == "effective_rank":
         return total.effective_rank(shifted=shifted) ** 0.5
     if ridge_by == "rows":
-        return (_ROWS_AN_INPUT * total.gram.shape[-1] / float(total.count)) ** 0.5
+        return (_ROWS_AN_INPUT * total.gram.shape[-1] / max(1.0, float(total.count))) ** 0.5
     return 1.0

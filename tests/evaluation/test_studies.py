@@ -33,11 +33,12 @@ FAST = {"epochs": 1}
 
 @pytest.fixture
 def quick(tiny, monkeypatch):
-    """The tiny suite with one epoch for all that learn, and two severities."""
+    """The tiny suite with one epoch for all that learn, two severities and two budgets."""
     learned = ("stats_merging/layer", "stats_merging/own", "stats_merging/task", "adamerging", "adamerging/plusplus")
     entries = (*learned, "lot+stats_merging", "lot+adamerging", "labelled")
     tiny.hyperparameters.update({name: {**tiny.hyperparameters.get(name, {}), **FAST} for name in entries})
     monkeypatch.setattr(cases, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(cases, "BUDGETS", (8, 32))
     return tiny
 
 

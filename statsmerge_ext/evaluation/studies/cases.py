@@ -19,6 +19,8 @@ from statsmerge_ext.methods.stats_merging import STATISTICS
 
 #: The methods that most studies look at: the strongest of their kinds, a rule and three that see data.
 COMPARED = ("task_arithmetic", "adamerging", "stats_merging/own", "lot")
+#: Calibration samples a task that methods which solve layers are compared with.
+BUDGETS = (8, 16, 32, 64, 256)
 #: Test examples a task where cases differ in them alone and are many.
 FEW = 128
 #: The ceiling that reads labels, the coefficients that a learner predicts for experts it has never seen, the share of
@@ -143,6 +145,13 @@ def _samples(suite: Suite, seeds: int) -> Iterator[Case]:
             yield Case(entry, str(samples), entry, seed, samples)
 
 
+def _closed_forms(suite: Suite, seeds: int) -> Iterator[Case]:
+    """Methods that solve layers, beside the rule that sees no sample."""
+    entries = ("task_arithmetic", "regmean", "regmean_plus_plus", "featcal", "lot", "drift_compensation")
+    for seed, samples, entry in itertools.product(range(seeds), BUDGETS, entries):
+        yield Case(entry, str(samples), entry, seed, samples)
+
+
 def _tasks(suite: Suite, seeds: int) -> Iterator[Case]:
     """The first two, four, … tasks in an order of each seed's own; only they count."""
     for seed in range(seeds):
@@ -195,6 +204,7 @@ STUDIES = {
         Study("transfer", "all experts merged, two of them unknown to the learner; mean over pairs", _transfer, 4),
         Study("statistics", "what the learner of StatsMerging sees", _statistics),
         Study("samples", "calibration samples a task", _samples),
+        Study("closed_forms", "calibration samples a task of methods that solve layers", _closed_forms),
         Study("tasks", "number of tasks merged, average over these tasks", _tasks),
         Study("unseen", "six experts merged: their tasks, and the two others'; mean over pairs", _unseen, 4),
         Study("robustness", f"corrupted test images ({FEW} a task), mean of five severities", _robustness, 1),

@@ -278,6 +278,12 @@ def test_patches(device, convolution, dtype, layout):
             flat = {name: value.flatten() for name, value in options.items()}
             for group in range(0, groups, 7):
                 assert_as_accurate(gram[group], patches[group], **flat)
+            other = torch.randn(shape[0], groups * 2, *outputs, device=device).to(dtype)
+            cross = torch.zeros(groups, columns, 2, dtype=gram_dtype, device=device)
+            gram_accumulate_patches_(cross, x, kernel, **geometry, **options, other=other)
+            rows = other.movedim(1, -1).reshape(-1, groups, 2)
+            for group in range(0, groups, 7):
+                assert_as_accurate(cross[group], patches[group], **flat, other=rows[:, group])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

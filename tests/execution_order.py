@@ -95,7 +95,9 @@ def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge
         first = start.weight[channels].flatten(1) if not is_scale else start.weight[channels].reshape(1, 1)
         x, y, z = torch.cat(x), torch.cat(targets)[:, channels], torch.cat(linear)[:, channels]
         size = (20 * x.shape[1] / len(x)) ** 0.5
-        anchor = least_squares(x, z, first, size * ridge, shifted)
+        total = sum(expert.get_submodule(path).weight - start.weight for expert in experts.values())
+        held = first + 0.2 * total[channels].reshape(first.shape)
+        anchor = least_squares(x, z, held, size * ridge, shifted)
         fitted = least_squares(x, y, anchor, size * drift_ridge, shifted)
         if not is_scale:
             fitted = first + scaling_factor * (fitted - first)

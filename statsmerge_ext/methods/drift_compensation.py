@@ -14,7 +14,7 @@ from statsmerge_ext.engine.spectral import FILTERS
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.registry import nearest, register_method
 
-ANCHORS = ("agreement", "base", "mean", "sum")
+ANCHORS = ("base", "mean", "sum")
 WEIGHTINGS = ("equal", "gram", "energy")
 RIDGES_BY = ("eigenvalue", "effective_rank", "rows")
 # Rows for each of its inputs with which a layer takes the ridge as it is given.
@@ -30,8 +30,8 @@ def drift_compensation(
     drift_ridge: float = 0.1,
     ridge_by: str = "rows",
     filter: str = "ridge",
-    anchor: str = "agreement",
-    anchor_scale: float = 0.3,
+    anchor: str = "sum",
+    anchor_scale: float = 0.2,
     weighting: str = "equal",
     feature_mix: float = 0.0,
 ) -> Solution:
@@ -39,10 +39,10 @@ def drift_compensation(
     X̃_k nearest to the experts' outputs: min Σ_k ‖X̃_k W*ᵀ − X_k W_kᵀ‖².
 
     It is solved in two steps that share C = Σ X̃_kᵀ X̃_k, since the targets have two parts. What W_k makes of X̃_k is an
-    exact linear function of it and takes a small ridge: A = (Σ W_k X̃_kᵀ X̃_k)(C + r I)⁻¹. What is left, above all the
-    drift X_k − X̃_k from layers before, is mostly none and would be fitted by chance with few samples. It takes a larger
-    ridge, which holds on to A: W* = A + (Σ W_k X_kᵀ X̃_k − A C)(C + r' I)⁻¹. docs/drift_compensation.md derives all
-    this, says what becomes of biases, norms and residual connections, and has what each choice gave.
+    exact linear function of it and takes a small ridge: A = (Σ W_k X̃_kᵀ X̃_k + r A_0)(C + r I)⁻¹. What is left, above
+    all the drift X_k − X̃_k from layers before, is mostly none and would be fitted by chance with few samples. It takes
+    a larger ridge, which holds on to A: W* = A + (Σ W_k X_kᵀ X̃_k − A C)(C + r' I)⁻¹. docs/drift_compensation.md derives
+    all this, says what becomes of biases, norms and residual connections, and has what each choice gave.
 
     Args:
         scaling_factor: λ of linear layers and convolutions. Their mean outputs, where there is a shift, do not depend
@@ -55,8 +55,8 @@ def drift_compensation(
         filter: what solves for W*: the "ridge", or one of the spectral filters of C's eigenvalues over their mean:
             "rank" (those above r' are solved and no others), "effective_rank" and "gavish_donoho" (as many as these
             say), "exponential" (gradient descent for the time 1 / r').
-        anchor: what W* is held to: the "agreement" A, which is LOT's solution for these inputs; or, in a single step,
-            the "base", the "mean" of the experts, or W_0 plus the scaled "sum" of the task vectors.
+        anchor: A_0, what A is held to by its ridge, and what becomes of inputs that no sample shows: the "base", the "mean"
+            of the experts, or W_0 plus the scaled "sum" of the task vectors, times λ in the end.
         anchor_scale: of that sum.
         weighting: of tasks: "equal" (each row counts the same), one over the Frobenius norm of X̃_kᵀ X̃_k ("gram") or
             over its trace ("energy").
@@ -75,30 +75,29 @@ def drift_compensation(
     _check("anchor", anchor, ANCHORS)
     _check("weighting", weighting, WEIGHTINGS)
 
+    share = {"base": 0.0, "mean": 1 / len(problem.experts), "sum": anchor_scale}[anchor]
+
     def fit(evidence: LayerEvidence) -> tuple[Tensor, Tensor | None]:
         base, shifted = evidence.base.matrices, evidence.shifted
         total = Moments.zeros_like(base, torch.float64)
         product, outputs = torch.zeros_like(total.product), torch.zeros_like(total.outputs)
-        moved, rows = torch.zeros_like(total.product), 0.0
+        held, rows = torch.zeros_like(total.product), 0.0
         for expert in evidence.experts:
             task_vector = expert.map.matrices - base
             moments = expert.moments if weighting == "equal" else _weighted(expert.moments, weighting)
             rows += float(expert.moments.count)
             total.add(moments)
-            if anchor == "agreement":
-                agreeing = moments.with_targets_of(task_vector, expert.map.shift)
-                product += agreeing.product
-                outputs += agreeing.outputs
-            elif anchor != "base":
-                moved += (1 / len(problem.experts) if anchor == "mean" else anchor_scale) * task_vector
+            agreeing = moments.with_targets_of(task_vector, expert.map.shift)
+            product += agreeing.product
+            outputs += agreeing.outputs
+            held += share * task_vector
         if weighting != "equal" and rows:  # the mean weight is 1
             size = rows / float(total.count)
             total, product, outputs = total.scaled(size), size * product, size * outputs
         factor = _ridge_factor(ridge_by, total, shifted)
-        if anchor == "agreement":
-            of_agreement = factor if ridge_by == "rows" else 1
-            agreement = replace(total, product=product, outputs=outputs)
-            moved, _ = agreement.fit(of_agreement * ridge, shifted=shifted)
+        of_agreement = factor if ridge_by == "rows" else 1
+        agreement = replace(total, product=product, outputs=outputs)
+        moved, _ = agreement.fit(of_agreement * ridge, shifted=shifted, anchor=held)
         matrices, shift = total.fit(factor * drift_ridge, shifted=shifted, anchor=base + moved, filter=filter)
         if evidence.layer.kind != "scale":
             matrices = base + scaling_factor * (matrices - base)

@@ -32,7 +32,7 @@ def compensated(**options):
     return model[0].weight.detach().double()
 
 
-def expected(weight=lambda x: 1.0, anchor="agreement", ridge=RIDGE, drift_ridge=DRIFT_RIDGE, respond=None):
+def expected(weight=lambda x: 1.0, anchor=0.2, ridge=RIDGE, drift_ridge=DRIFT_RIDGE, respond=None):
     """W_0 + λ (W* − W_0), with ``respond`` from eigenvalues over their mean to f(λ); a ridge of its own by default."""
     base, experts, data = family()
     start = base[0].weight.detach().double()
@@ -47,10 +47,7 @@ def expected(weight=lambda x: 1.0, anchor="agreement", ridge=RIDGE, drift_ridge=
     def solve(held, respond):
         return held + (product / mean - held @ gram / mean) @ vectors * respond(values) @ vectors.T
 
-    total = sum(moved.values())
-    held = {"base": 0 * total, "mean": total / 3, "sum": 0.25 * total}.get(anchor)
-    if held is None:
-        held = solve(0 * total, lambda values: 1 / (values + ridge))
+    held = solve(anchor * sum(moved.values()), lambda values: 1 / (values + ridge))
     return start + SCALE * solve(held, respond or (lambda values: 1 / (values + drift_ridge)))
 
 
@@ -79,9 +76,9 @@ CASES = {
         {"ridge_by": "effective_rank"},
         {"drift_ridge": DRIFT_RIDGE * float(effective_rank_of(eigenvalues()) / COLUMNS) ** 0.5},
     ),
-    "held to the base": ({"anchor": "base"}, {"anchor": "base"}),
-    "held to the mean": ({"anchor": "mean"}, {"anchor": "mean"}),
-    "held to a sum": ({"anchor": "sum", "anchor_scale": 0.25}, {"anchor": "sum"}),
+    "held to the base": ({"anchor": "base"}, {"anchor": 0.0}),
+    "held to the mean": ({"anchor": "mean"}, {"anchor": 1 / 3}),
+    "held to a sum": ({"anchor": "sum", "anchor_scale": 0.25}, {"anchor": 0.25}),
     "weighted by Gram norms": ({"weighting": "gram"}, {"weight": lambda x: 1 / (x.T @ x).norm()}),
     "weighted by energies": ({"weighting": "energy"}, {"weight": lambda x: 1 / x.square().sum()}),
     "hard rank": ({"filter": "rank"}, {"respond": lambda values: torch.where(values > DRIFT_RIDGE, 1 / values, 0)}),
@@ -126,7 +123,7 @@ def test_mixed_inputs_of_a_layer_that_others_precede():
     calibration = {name: [x] for name, x in data.items()}
 
     def merged(mix):
-        options = {"calibration": calibration, "anchor": "base", "drift_ridge": 1e-6, "scaling_factor": 1.0}
+        options = {"calibration": calibration, "drift_ridge": 1e-6, "scaling_factor": 1.0}
         return merge("drift_compensation", base=base, experts=experts, feature_mix=mix, **options).model
 
     def solved(inputs):
@@ -148,7 +145,7 @@ def test_mixed_inputs_of_a_layer_that_others_precede():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"anchor": "agrement"}, "anchor: expected one of .*, got 'agrement' .did you mean 'agreement'"),
+        ({"anchor": "summ"}, "anchor: expected one of base, mean, sum, got 'summ' .did you mean 'sum'"),
         ({"filter": "pinv"}, "filter: expected one of ridge, rank, .*, got 'pinv'"),
         ({"weighting": "norm"}, "weighting: expected one of equal, gram, energy, got 'norm'"),
         ({"ridge_by": 3}, "ridge_by: expected one of eigenvalue, effective_rank, rows, got 3"),

@@ -86,13 +86,16 @@ def test_zero_task_vectors_give_the_base_bit_for_bit():
         assert merged.state[key].numpy().tobytes() == value.numpy().tobytes(), key
 
 
-def test_the_base_is_kept_where_there_are_no_inputs():
+def test_task_arithmetic_where_there_are_no_inputs():
     base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
     experts = make_experts(base)
     data = {name: torch.cat([x, torch.zeros(50, 3)], 1) for name, x in inputs(50, 3).items()}
-    merged = compensate(base, experts, data).model
-    assert torch.equal(merged[0].weight[:, 3:], base[0].weight[:, 3:])
-    assert not torch.equal(merged[0].weight[:, :3], base[0].weight[:, :3])
+    merged, kept = (compensate(base, experts, data, anchor=anchor).model for anchor in ("sum", "base"))
+    total = sum(e[0].weight - base[0].weight for e in experts.values())
+    expected = base[0].weight + OPTIONS["scaling_factor"] * 0.2 * total
+    torch.testing.assert_close(merged[0].weight[:, 3:], expected[:, 3:])
+    assert torch.equal(kept[0].weight[:, 3:], base[0].weight[:, 3:])
+    assert not torch.equal(kept[0].weight[:, :3], base[0].weight[:, :3])
 
 
 def test_layers_before_the_first_change_are_the_bases_own():

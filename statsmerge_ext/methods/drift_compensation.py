@@ -55,8 +55,8 @@ def drift_compensation(
         filter: what solves for W*: the "ridge", or one of the spectral filters of C's eigenvalues over their mean:
             "rank" (those above r' are solved and no others), "effective_rank" and "gavish_donoho" (as many as these
             say), "exponential" (gradient descent for the time 1 / r').
-        anchor: A_0, what A is held to by its ridge, and what becomes of inputs that no sample shows: the "base", the "mean"
-            of the experts, or W_0 plus the scaled "sum" of the task vectors, times λ in the end.
+        anchor: A_0, what A is held to by its ridge, and what becomes of inputs that no sample shows: the "base", the
+            "mean" of the experts, or W_0 plus the scaled "sum" of the task vectors, times λ in the end.
         anchor_scale: of that sum.
         weighting: of tasks: "equal" (each row counts the same), one over the Frobenius norm of X̃_kᵀ X̃_k ("gram") or
             over its trace ("energy").

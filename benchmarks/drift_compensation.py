@@ -109,7 +109,8 @@ def measure(suite_name: str, runs: list[Run], records: dict) -> None:
         }
         print(suite_name, run.label, run.samples, run.seed, records[run.key], flush=True)
         content = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
-        PATH.write_text(json.dumps({**content, suite_name: records}, indent=1) + "\n", encoding="utf-8")
+        content.setdefault(suite_name, {})[run.key] = records[run.key]
+        PATH.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def share(record: dict) -> str:

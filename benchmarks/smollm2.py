@@ -297,32 +297,42 @@ class Bench:
 
 def report(facts: dict) -> None:
     """Write the tables of the page."""
-    rows, domains = facts["rows"], list(facts["windows"])
-    own = {domain: rows[domain]["test"][domain] for domain in domains}
+    rows, stages, domains = facts["rows"], facts["stages"], list(facts["windows"])
 
-    def above(name: str) -> list[float]:
-        return [100 * (rows[name]["test"][domain] / own[domain] - 1) for domain in domains]
+    def above(name: str, domain: str) -> float:
+        """By how much a model's perplexity exceeds that of the domain's expert."""
+        return rows[name]["test"][domain] / rows[domain]["test"][domain] - 1
+
+    def mean_above(name: str) -> float:
+        return math.exp(sum(math.log1p(above(name, domain)) for domain in domains) / len(domains)) - 1
 
     lines = []
     for name, row in rows.items():
-        spent = facts["stages"].get(f"merging, {name}")
-        factor = row.get("scaling_factor")
+        title = f"expert of {name}" if name in domains else name
+        if "scaling_factor" in row:
+            title += f", λ = {row['scaling_factor']:g}"
+        cells = [f"{row['test'][domain]:.2f} ({100 * above(name, domain):+.1f} %)" for domain in domains]
+        spent = stages.get(f"merging, {name}")
+        merges = len(row.get("validation", [""])) if name != "lot" else 1  # LOT's is solved once
         lines.append(
             [
-                f"expert of {name}" if name in domains else name + (f", λ = {factor:g}" if factor else ""),
-                *(f"{row['test'][domain]:.2f}" for domain in domains),
-                *(f"{excess:+.1f} %" for excess in above(name)),
-                f"{spent['processor_seconds'] / len(row.get('validation', [1])):.0f}" if spent else "",
+                title,
+                *cells,
+                f"{100 * mean_above(name):+.1f} %",
+                f"{spent['processor_seconds'] / merges:.0f}" if spent else "",
             ]
         )
-    header = ["perplexity", *domains, *(f"to its expert, {domain}" for domain in domains), "merging, s"]
-    put(PAGE, "perplexity", f"{measured(facts['environment'])}\n\n{markdown_table(header, lines)}")
-    stages = facts["stages"].items()
-    total = [sum(spent[kind] for _, spent in stages) for kind in ("seconds", "processor_seconds")]
-    lines = [[name, *(f"{spent[kind]:.0f}" for kind in ("seconds", "processor_seconds"))] for name, spent in stages]
-    lines.append(["all", *(f"{seconds:.0f}" for seconds in total)])
-    table = markdown_table(["", "seconds", "seconds of processors"], lines)
-    put(PAGE, "seconds", f"{facts['environment']['threads']} thread(s).\n\n{table}")
+    table = markdown_table(["perplexity", *domains, "mean", "merging, s"], lines)
+    sentences = []
+    for name in ("lot", "task_arithmetic"):
+        worst = max(domains, key=partial(above, name))
+        sentences.append(f"`{name}` exceeds no expert by more than {100 * above(name, worst):.1f} % ({worst}).")
+    put(PAGE, "perplexity", f"{measured(facts['environment'])}\n\n{table}\n\n{' '.join(sentences)}")
+    kinds = ("seconds", "processor_seconds")
+    times = [[name, *(f"{spent[kind]:.0f}" for kind in kinds)] for name, spent in stages.items()]
+    times.append(["all", *(f"{sum(spent[kind] for spent in stages.values()):.0f}" for kind in kinds)])
+    table = markdown_table([f"{facts['environment']['threads']} thread(s)", "seconds", "seconds of processors"], times)
+    put(PAGE, "seconds", table)
 
 
 def main() -> None:

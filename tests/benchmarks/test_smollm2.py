@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import smollm2
+import smollm2_experts
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,11 +33,11 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=60, tie_word_embeddings=True)).eval()
 
 
-def texts() -> smollm2.Windows:
+def texts() -> smollm2_experts.Windows:
     """Three domains: each counts up in steps of its own, from anywhere."""
     generator = torch.Generator().manual_seed(0)
     domains = {}
-    for step, domain in enumerate(smollm2.DOMAINS, start=1):
+    for step, domain in enumerate(smollm2_experts.DOMAINS, start=1):
         starts = torch.randint(60, (600, 1), generator=generator)
         parts = ((starts + step * torch.arange(SETTINGS.tokens)) % 60).split((552, 24, 24))
         domains[domain] = dict(zip(("train", "validation", "test"), parts, strict=True))
@@ -58,17 +58,17 @@ def test_readers(tmp_path):
     rows = [*header, "0101\tJoey\t Hi  you!", "0101\tRoss\tHi.", "0102\tJoey\tNo."]
     (table / "friends-transcripts.tab").write_text("\n".join(rows) + "\n")
     store = type("Store", (), {"path": lambda self, package: tmp_path})()
-    assert smollm2.german(store) == ["Eins\n\nZwei\nDrei" + "\n\nVier" * 18, "Vier"]
-    assert smollm2.python(store) == ["long = 1\n" * 100]
-    assert smollm2.friends(store) == ["Joey: Hi you!\nRoss: Hi.", "Joey: No."]
+    assert smollm2_experts.german(store) == ["Eins\n\nZwei\nDrei" + "\n\nVier" * 18, "Vier"]
+    assert smollm2_experts.python(store) == ["long = 1\n" * 100]
+    assert smollm2_experts.friends(store) == ["Joey: Hi you!\nRoss: Hi.", "Joey: No."]
 
 
 def test_documents_are_split_whole_and_once():
     documents = [f"document {i % 40}" for i in range(60)]
-    parts = smollm2.split(documents)
+    parts = smollm2_experts.split(documents)
     assert sorted(text for part in parts.values() for text in part) == sorted(set(documents))
     assert [len(parts[name]) for name in ("test", "validation", "train")] == [5, 5, 30]
-    assert smollm2.split(documents) == parts != smollm2.split(documents, seed=1)
+    assert smollm2_experts.split(documents) == parts != smollm2_experts.split(documents, seed=1)
 
 
 def test_windows_are_the_running_text():
@@ -79,11 +79,11 @@ def test_windows_are_the_running_text():
         def convert_tokens_to_ids(self, token):
             return 0
 
-    cut = smollm2.windows(["abcd", "efghi", "j" * (smollm2.BEGINNING + 5)], Letters(), 4)
+    cut = smollm2_experts.windows(["abcd", "efghi", "j" * (smollm2_experts.BEGINNING + 5)], Letters(), 4)
     rows = sorted("".join(map(chr, row)) for row in cut.tolist())
     # The separators end both short documents; of the long one the beginning is read.
     assert rows[:2] == ["\0efg", "abcd"] and "hi\0j" in rows
-    assert len(rows) == (11 + smollm2.BEGINNING + 1) // 4
+    assert len(rows) == (11 + smollm2_experts.BEGINNING + 1) // 4
 
 
 def test_perplexity():
@@ -93,7 +93,7 @@ def test_perplexity():
     small = model()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         plain = math.exp(small(input_ids=tokens, labels=tokens).loss)
-    measured = smollm2.perplexity(small, tokens)
+    measured = smollm2_experts.perplexity(small, tokens)
     assert abs(measured - expected) <= 2 * abs(plain - expected) + 1e-4 * expected
 
 
@@ -110,13 +110,24 @@ def facts(tmp_path_factory) -> dict:
 
 def test_every_merge_is_measured(facts):
     rows = facts["rows"]
-    expected = ["base", *smollm2.DOMAINS, "linear", "task_arithmetic", "ties", "lot", "regmean", "stats_merging"]
+    expected = [
+        "base",
+        *smollm2_experts.DOMAINS,
+        "linear",
+        "task_arithmetic",
+        "ties",
+        "lot",
+        "regmean",
+        "stats_merging",
+    ]
     assert list(rows) == [*expected, "drift_compensation"]
     assert all(1 <= value < 200 for row in rows.values() for value in row["test"].values())
-    for domain in smollm2.DOMAINS:  # an expert knows its own domain, and none of the others
+    for domain in smollm2_experts.DOMAINS:  # an expert knows its own domain, and none of the others
         assert rows[domain]["test"][domain] < 0.9 * rows["base"]["test"][domain]
         assert all(
-            rows[domain]["test"][domain] < rows[other]["test"][domain] for other in smollm2.DOMAINS if other != domain
+            rows[domain]["test"][domain] < rows[other]["test"][domain]
+            for other in smollm2_experts.DOMAINS
+            if other != domain
         )
     for name in ("lot", "regmean"):
         assert rows[name]["in_memory"] is None  # block by block
@@ -134,7 +145,7 @@ def test_page(facts, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("<!-- perplexity -->\n<!-- /perplexity -->\n<!-- seconds -->\n<!-- /seconds -->\n")
     monkeypatch.setattr(smollm2, "PAGE", page)
-    smollm2.report(json.loads(json.dumps({**facts, "windows": dict.fromkeys(smollm2.DOMAINS)})))
+    smollm2.report(json.loads(json.dumps({**facts, "windows": dict.fromkeys(smollm2_experts.DOMAINS)})))
     text = page.read_text()
     for name, row in facts["rows"].items():
         line = next(line for line in text.splitlines() if line.startswith(("| " + name, f"| expert of {name}")))
@@ -143,7 +154,7 @@ def test_page(facts, tmp_path, monkeypatch):
 
 
 def test_one_window_a_step_is_enough():
-    trained = smollm2.fine_tune(model(), texts()["python"]["train"][:1], replace(SETTINGS, steps=3, batch=2))
+    trained = smollm2_experts.fine_tune(model(), texts()["python"]["train"][:1], steps=3, batch=2, lr=1e-2)
     base = model().state_dict()
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, base[name])}
     assert moved == {name for name in base if "_proj." in name}

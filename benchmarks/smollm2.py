@@ -53,20 +53,20 @@ class Settings:
     """
 
     tokens: int = 256
-    steps: int = 80
+    steps: int = 40
     batch: int = 2
     lr: float = 5e-5
-    validation: int = 8
-    test: int = 20
-    samples: int = 32
+    validation: int = 6
+    test: int = 16
+    samples: int = 16
     followed: int = 8
-    taught: int = 8
-    epochs: int = 5
+    taught: int = 6
+    epochs: int = 4
     factors: Mapping[str, Sequence[float]] = field(
         default_factory=lambda: {
-            "task_arithmetic": (0.3, 0.5, 0.7, 1.0),
-            "ties": (0.7, 1.0, 1.5),
-            "lot": (0.9, 1.0, 1.1, 1.2),
+            "task_arithmetic": (0.4, 0.6, 0.8),
+            "ties": (1.0, 1.5),
+            "lot": (0.9, 1.0, 1.15),
         }
     )
 

@@ -98,14 +98,27 @@ def test_perplexity():
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory) -> dict:
+def bench(tmp_path_factory) -> smollm2.Bench:
     directory = tmp_path_factory.mktemp("models")
     model().save_pretrained(directory / "base")
-    facts = {"environment": smollm2.environment(), "windows": {}, **smollm2.Bench(directory, texts(), SETTINGS).run()}
-    left = {path.name for path in directory.iterdir() if path.is_dir()}
-    assert left >= facts["rows"].keys()
-    assert {name for name in left - facts["rows"].keys()} <= {"lot-1"}
-    return facts
+    bench = smollm2.Bench(directory, texts(), SETTINGS)
+    bench.run()
+    return bench
+
+
+@pytest.fixture
+def facts(bench) -> dict:
+    return {"environment": smollm2.environment(), "windows": dict.fromkeys(smollm2_experts.DOMAINS), **bench.facts}
+
+
+def test_a_model_a_row_is_left_and_none_is_measured_again(bench, monkeypatch):
+    left = {path.name for path in bench.directory.iterdir() if path.is_dir()}
+    assert left == bench.facts["rows"].keys()
+    monkeypatch.setattr(smollm2, "run_merge", None)
+    monkeypatch.setattr(smollm2, "fine_tune", None)
+    again = smollm2.Bench(bench.directory, {}, SETTINGS).run()
+    assert again["stages"] == bench.facts["stages"]
+    assert again["rows"] == json.loads(json.dumps(bench.facts["rows"]))
 
 
 def test_every_merge_is_measured(facts):
@@ -145,7 +158,7 @@ def test_page(facts, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("<!-- perplexity -->\n<!-- /perplexity -->\n<!-- seconds -->\n<!-- /seconds -->\n")
     monkeypatch.setattr(smollm2, "PAGE", page)
-    smollm2.report(json.loads(json.dumps({**facts, "windows": dict.fromkeys(smollm2_experts.DOMAINS)})))
+    smollm2.report(json.loads(json.dumps(facts)))
     text = page.read_text()
     for name, row in facts["rows"].items():
         line = next(line for line in text.splitlines() if line.startswith(("| " + name, f"| expert of {name}")))

@@ -54,19 +54,19 @@ class Settings:
 
     tokens: int = 256
     steps: int = 40
-    batch: int = 2
-    lr: float = 5e-5
+    batch: int = 1
+    lr: float = 2e-4
     validation: int = 6
-    test: int = 16
+    test: int = 12
     samples: int = 16
     followed: int = 8
-    taught: int = 6
-    epochs: int = 4
+    taught: int = 4
+    epochs: int = 8
     factors: Mapping[str, Sequence[float]] = field(
         default_factory=lambda: {
             "task_arithmetic": (0.4, 0.6, 0.8),
             "ties": (1.0, 1.5),
-            "lot": (0.9, 1.0, 1.15),
+            "lot": (0.9, 1.0, 1.1),
         }
     )
 

@@ -224,7 +224,13 @@ def report(facts: dict) -> None:
     for name in ("lot", "task_arithmetic"):
         worst = max(domains, key=partial(above, name))
         sentences.append(f"`{name}` exceeds no expert by more than {100 * above(name, worst):.1f} % ({worst}).")
-    put(PAGE, "perplexity", f"{measured(facts['environment'])}\n\n{table}\n\n{' '.join(sentences)}")
+    seen = {**facts["settings"], "measured": measured(facts["environment"])}
+    caption = (
+        "Experts are fine-tuned in {steps} steps of {batch} window(s) of {tokens} tokens, learning rate {lr:g}; LOT Merging "
+        "and RegMean see {samples} windows of each domain, drift compensation {followed}, StatsMerging {taught} for "
+        "{epochs} epochs; scaling factors are chosen on {validation} windows, perplexities are of {test}. {measured}"
+    ).format(**seen)
+    put(PAGE, "perplexity", f"{caption}\n\n{table}\n\n{' '.join(sentences)}")
     kinds = ("seconds", "processor_seconds")
     times = [[name, *(f"{spent[kind]:.0f}" for kind in kinds)] for name, spent in stages.items()]
     times.append(["all", *(f"{sum(spent[kind] for spent in stages.values()):.0f}" for kind in kinds)])

@@ -226,9 +226,9 @@ def report(facts: dict) -> None:
         sentences.append(f"`{name}` exceeds no expert by more than {100 * above(name, worst):.1f} % ({worst}).")
     seen = {**facts["settings"], "measured": measured(facts["environment"])}
     caption = (
-        "Experts are fine-tuned in {steps} steps of {batch} window(s) of {tokens} tokens, learning rate {lr:g}; LOT Merging "
-        "and RegMean see {samples} windows of each domain, drift compensation {followed}, StatsMerging {taught} for "
-        "{epochs} epochs; scaling factors are chosen on {validation} windows, perplexities are of {test}. {measured}"
+        "Experts are fine-tuned in {steps} steps of {batch} window(s) of {tokens} tokens, learning rate {lr:g}; LOT "
+        "Merging and RegMean see {samples} windows of each domain, drift compensation {followed}, StatsMerging {taught} "
+        "for {epochs} epochs; scaling factors are chosen on {validation} windows, perplexities are of {test}. {measured}"
     ).format(**seen)
     put(PAGE, "perplexity", f"{caption}\n\n{table}\n\n{' '.join(sentences)}")
     kinds = ("seconds", "processor_seconds")

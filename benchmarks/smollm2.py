@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 from results import RESULTS, ROOT, environment, measured, put
 from safetensors.torch import save_file
-from smollm2_experts import Windows, fine_tune, load_base, perplexity, read_windows
+from smollm2_experts import Windows, fine_tune, load_base, load_windows, perplexity, read_windows, save_windows
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -116,8 +116,8 @@ class Bench:
         if samples:
             recipe["calibration"] = {"data": {}, "samples": samples, "batch_size": 1}
             for name in models:
-                recipe["calibration"]["data"][name] = f"{name}.safetensors"
-                save_file({"input_ids": self.windows[name]["train"]}, self.directory / f"{name}.safetensors")
+                recipe["calibration"]["data"][name] = f"{name}-samples.safetensors"
+                save_file({"input_ids": self.windows[name]["train"]}, self.directory / f"{name}-samples.safetensors")
         path = self.directory / f"{out}.yml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         return run_merge(path, self.directory / out, progress=False, overwrite=True)
@@ -224,12 +224,11 @@ def report(facts: dict) -> None:
     for name in ("lot", "task_arithmetic"):
         worst = max(domains, key=partial(above, name))
         sentences.append(f"`{name}` exceeds no expert by more than {100 * above(name, worst):.1f} % ({worst}).")
-    seen = {**facts["settings"], "measured": measured(facts["environment"])}
     caption = (
-        "Experts are fine-tuned in {steps} steps of {batch} window(s) of {tokens} tokens, learning rate {lr:g}; LOT "
-        "Merging and RegMean see {samples} windows of each domain, drift compensation {followed}, StatsMerging {taught} "
-        "for {epochs} epochs; scaling factors are chosen on {validation} windows, perplexities are of {test}. {measured}"
-    ).format(**seen)
+        "Experts are fine-tuned in {steps} steps of {batch} window(s) of {tokens} tokens, learning rate {lr:g}. LOT "
+        "Merging and RegMean see {samples} windows a domain, drift compensation {followed}, StatsMerging {taught} "
+        "in {epochs} epochs. Scaling factors are chosen on {validation} windows; perplexities are those of {test}. "
+    ).format(**facts["settings"]) + measured(facts["environment"])
     put(PAGE, "perplexity", f"{caption}\n\n{table}\n\n{' '.join(sentences)}")
     kinds = ("seconds", "processor_seconds")
     times = [[name, *(f"{spent[kind]:.0f}" for kind in kinds)] for name, spent in stages.items()]
@@ -258,9 +257,11 @@ def main() -> None:
         if "loading the base" not in bench.facts["stages"]:
             with bench.stage("loading the base"):
                 load_base(store, directory / "base")
-        with bench.stage("reading texts"):
-            tokenizer = AutoTokenizer.from_pretrained(directory / "base")
-            bench.windows |= read_windows(store, tokenizer, settings.tokens)
+        if "reading texts" not in bench.facts["stages"]:
+            with bench.stage("reading texts"):
+                tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+                save_windows(read_windows(store, tokenizer, settings.tokens), directory)
+        bench.windows |= load_windows(directory)
         counts = {name: {part: len(rows) for part, rows in parts.items()} for name, parts in bench.windows.items()}
         facts = {"environment": environment(), "windows": counts, **bench.run()}
     RECORDS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,6 +85,15 @@ def read_windows(store: PackageStore, tokenizer: object, tokens: int) -> Windows
         domain: {name: windows(texts, tokenizer, tokens) for name, texts in of_domain.items()}
         for domain, of_domain in parts.items()
     }
+
+
+def save_windows(cut: Windows, directory: Path) -> None:
+    for domain, of_domain in cut.items():
+        save_file(of_domain, directory / f"{domain}.safetensors")
+
+
+def load_windows(directory: Path) -> Windows:
+    return {domain: load_file(directory / f"{domain}.safetensors") for domain in DOMAINS}
 
 
 def load_base(store: PackageStore, out: Path) -> None:

@@ -86,6 +86,14 @@ def test_windows_are_the_running_text():
     assert len(rows) == (11 + smollm2_experts.BEGINNING + 1) // 4
 
 
+def test_windows_are_kept(tmp_path):
+    smollm2_experts.save_windows(texts(), tmp_path)
+    kept = smollm2_experts.load_windows(tmp_path)
+    for domain, of_domain in texts().items():
+        assert kept[domain].keys() == of_domain.keys()
+        assert all(torch.equal(kept[domain][name], cut) for name, cut in of_domain.items())
+
+
 def test_perplexity():
     small, tokens = model(), texts()["python"]["test"]
     exact = small.double()(input_ids=tokens).logits[:, :-1].flatten(0, 1)

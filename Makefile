@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test native-test bench results studies cuda-check clean
 
-demo: $(VENV)/.demo  ## merge both task suites by every method; print the tables, write the report
+demo: $(VENV)/.demo  ## merge the task suites by every method; print the tables, write the report
 	$(BIN)/statsmerge demo --seeds $(SEEDS) --out $(OUT)
 
 test: $(VENV)/.test  ## run the tests

@@ -7,9 +7,11 @@ from statsmerge_ext.evaluation.suites.definition import SuiteDefinition, Trainin
 from statsmerge_ext.evaluation.suites.suite import Suite, Task, get_suite, list_suites, register_suite
 from statsmerge_ext.evaluation.suites.text8 import text8
 from statsmerge_ext.evaluation.suites.vision8 import vision8
+from statsmerge_ext.evaluation.suites.vit8 import vit8
 
 register_suite(vision8)
 register_suite(text8)
+register_suite(vit8)
 
 __all__ = [
     "Suite",

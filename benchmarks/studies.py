@@ -32,7 +32,7 @@ PLAN = {
         "tasks": 1,
         "robust_calibration": 1,
     },
-    "vit8": {"foreign": 3},
+    "vit8": {"labels": 1, "foreign": 3},
     "text8": {"labels": 1, "start": 1, "quantisation": 1, "statistics": 1, "samples": 1},
 }
 

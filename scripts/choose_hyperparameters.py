@@ -63,10 +63,11 @@ GRIDS: dict[str, dict[str, list]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", action="append", choices=list_suites(), help="default: all")
+    tunable = [name for name in list_suites() if get_suite(name).definition.tuned_on is None]
+    parser.add_argument("--suite", action="append", choices=tunable, help="default: all")
     parser.add_argument("--entry", action="append", choices=ENTRIES, help="default: all")
     options = parser.parse_args()
-    for name in options.suite or list_suites():
+    for name in options.suite or tunable:
         suite = get_suite(name)
         suite.prepare()
         models, calibration = load_models(suite), calibration_of(suite)

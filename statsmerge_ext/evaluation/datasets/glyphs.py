@@ -15,10 +15,15 @@ SIDE = 64  # pixels
 THAI_FAMILIES = "garuda kinnari laksaman loma mono norasi purisa sawasdee typewriter typist typo umpush waree".split()
 THAI = Package("deb", tuple(f"fonts-tlwg-{family}-ttf" for family in THAI_FAMILIES))
 LETTERS = Package("deb", ("fonts-aenigma",))
+HEBREW = Package("deb", ("culmus", "culmus-fancy"))
+ARABIC = Package("deb", ("fonts-arabeyes", "fonts-kacst"))
 
 # The consonants ko kai to ho nokhuk without the vowel signs ru and lu that stand between them.
 THAI_LETTERS = tuple(chr(code) for code in range(0x0E01, 0x0E2F) if code not in (0x0E24, 0x0E26))
 LATIN_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+HEBREW_LETTERS = tuple(chr(code) for code in range(0x05D0, 0x05EB))  # the five final forms included
+# Alef to yeh without the forms with hamza, teh marbuta, and what stands between ghain and feh.
+ARABIC_LETTERS = tuple(chr(code) for code in (0x0627, 0x0628, *range(0x062A, 0x063B), *range(0x0641, 0x0649), 0x064A))
 
 
 def draw(font: ImageFont.FreeTypeFont, letter: str) -> np.ndarray | None:
@@ -65,5 +70,19 @@ def load_letters(store: PackageStore) -> Examples:
     return draw_fonts(paths, LATIN_LETTERS, [re.sub(r"\W", "", path.stem.lower())[:5] for path in paths])
 
 
+def load_hebrew(store: PackageStore) -> Examples:
+    """The 22 Hebrew letters and five final forms in some forty families, with their faces; a family is a group."""
+    paths = sorted(path for path in store.path(HEBREW).rglob("*") if path.suffix in (".ttf", ".otf", ".pfa"))
+    return draw_fonts(paths, HEBREW_LETTERS, [path.stem.split("-")[0] for path in paths])
+
+
+def load_arabic(store: PackageStore) -> Examples:
+    """The 28 Arabic letters in some fifty fonts, each with its bold face; a family is a group."""
+    paths = sorted(store.path(ARABIC).rglob("*.ttf"))
+    return draw_fonts(paths, ARABIC_LETTERS, [path.stem.split("-")[0] for path in paths])
+
+
 thai = Dataset("thai", (THAI,), load_thai)
 letters = Dataset("letters", (LETTERS,), load_letters)
+hebrew = Dataset("hebrew", (HEBREW,), load_hebrew)
+arabic = Dataset("arabic", (ARABIC,), load_arabic)

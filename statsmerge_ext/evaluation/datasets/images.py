@@ -100,7 +100,7 @@ def load_elpv(store: PackageStore) -> Examples:
     """
     root = find_one(store.path(ELPV), "labels.csv").parent
     rows = [line.split() for line in (root / "labels.csv").read_text().splitlines() if line.strip()]
-    images = np.stack([_read_image(root / row[0], "L") for row in rows])
+    images = np.stack([read_image(root / row[0], "L") for row in rows])
     labels = np.array([float(row[1]) > 0.4 for row in rows], dtype=np.int64)
     return Examples(images, labels, ("intact", "defective"), np.arange(len(rows)) // 60)
 
@@ -112,7 +112,7 @@ def load_emoji(store: PackageStore) -> Examples:
         vendor = next(part for part in ("google", "twitter") if part in root.name)
         for entry in json.loads(find_one(root, "emoji.json").read_text(encoding="utf-8")):
             if entry[f"has_img_{vendor}"] and entry["category"] != "Component":
-                images.append(_read_image(root / "package/img" / vendor / "64" / entry["image"], "RGB"))
+                images.append(read_image(root / "package/img" / vendor / "64" / entry["image"], "RGB"))
                 names.append(entry["category"])
                 groups.append(entry["unified"])
     classes = tuple(sorted(set(names)))
@@ -120,7 +120,7 @@ def load_emoji(store: PackageStore) -> Examples:
     return Examples(np.stack(images), labels, classes, np.array(groups))
 
 
-def _read_image(path: Path, mode: str) -> np.ndarray:
+def read_image(path: Path, mode: str) -> np.ndarray:
     """uint8 [SIDE, SIDE] or [SIDE, SIDE, 3]; transparent parts become white."""
     with Image.open(path) as image:
         if mode == "RGB":

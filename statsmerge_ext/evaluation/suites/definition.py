@@ -55,6 +55,8 @@ class SuiteDefinition:
         logit_scale: what the head's cosines are multiplied by.
         distilled_from: name of the suite of another architecture, on the same data sets and inputs, whose base was the
             teacher of this one's; None: the base was pretrained otherwise.
+        tuned_on: name of the suite whose hyperparameters the methods take here, so that nothing is chosen on this one;
+            None: they are chosen on its own validation splits.
         assets: folder with the experts, provenance.json and hyperparameters.json; None: the package's own, by name.
     """
 
@@ -68,4 +70,5 @@ class SuiteDefinition:
     shots: int = 8
     logit_scale: float = 30.0
     distilled_from: str | None = None
+    tuned_on: str | None = None
     assets: Path | None = None

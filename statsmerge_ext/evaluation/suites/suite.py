@@ -185,8 +185,9 @@ class Suite:
 
     @cached_property
     def hyperparameters(self) -> dict[str, dict]:
-        """Row of a comparison -> hyperparameters, chosen on the validation splits; empty before they are."""
-        return _read_json(self.assets / "hyperparameters.json")
+        """Row of a comparison -> hyperparameters, chosen on validation splits; empty before they are."""
+        tuned_on = self.definition.tuned_on
+        return _read_json((get_suite(tuned_on) if tuned_on else self).assets / "hyperparameters.json")
 
     @cached_property
     def _base_state(self) -> dict[str, Tensor]:

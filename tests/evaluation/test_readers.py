@@ -6,15 +6,17 @@ import gzip
 import os
 import pickle
 import struct
+import unicodedata
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
 
 from statsmerge_ext.errors import DataError
-from statsmerge_ext.evaluation.datasets import images, texts
-from statsmerge_ext.evaluation.datasets.glyphs import draw_fonts
+from statsmerge_ext.evaluation.datasets import drawings, images, texts
+from statsmerge_ext.evaluation.datasets.glyphs import ARABIC_LETTERS, HEBREW_LETTERS, THAI_LETTERS, draw_fonts
 
 
 class FolderStore:
@@ -99,6 +101,27 @@ def test_fonts_that_are_damaged_or_draw_all_letters_alike_are_left_out(tmp_path)
     assert max(np.ptp(rows), np.ptp(columns)) in range(41, 44)  # 44 pixels, but for soft edges
     with pytest.raises(ValueError, match="at least one array"):  # no font is left: what it lacks looks all alike
         draw_fonts([good], ("\U000e0001", "\U000e0002"), ["dejavu"])
+
+
+def test_alphabets():
+    assert [len(set(letters)) for letters in (THAI_LETTERS, HEBREW_LETTERS, ARABIC_LETTERS)] == [44, 27, 28]
+    assert all(unicodedata.category(letter) == "Lo" for letter in THAI_LETTERS + HEBREW_LETTERS + ARABIC_LETTERS)
+
+
+def test_drawings_of_one_thing_stay_together(tmp_path):
+    root = tmp_path / "game" / "core" / "images" / "units"
+    names = ("drakes/fire-bow-2.png", "drakes/fire.png", "drakes/gunslinger+female-1.png", "orcs/mounted/fire.png")
+    for shade, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (72, 72), (50 * shade, 0, 0, 255)).save(path)
+    Image.new("RGBA", (72, 72), (0, 0, 0, 0)).save(root / "drakes" / "ghost.png")  # transparent: becomes white
+    examples = drawings.load_drawings(FolderStore(tmp_path), "units", ["drakes", "orcs"], words=1)
+    assert examples.inputs.shape == (5, 64, 64, 3)
+    assert examples.inputs[:, 0, 0].tolist() == [[0, 0, 0], [50, 0, 0], [255] * 3, [100, 0, 0], [150, 0, 0]]
+    assert examples.labels.tolist() == [0, 0, 0, 0, 1]
+    things = ["drakes/fire", "drakes/fire", "drakes/ghost", "drakes/gunslinger", "orcs/mounted/fire"]
+    assert examples.groups.tolist() == things
 
 
 def write_tab(root, name, header, *rows):

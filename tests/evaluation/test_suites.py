@@ -42,6 +42,11 @@ def test_a_name_is_registered_once(registered, tmp_path):
         register_suite(make_definition(tmp_path))
 
 
+def test_hyperparameters_of_another_suite(registered, tmp_path):
+    register_suite(dataclasses.replace(registered, name="untuned", assets=tmp_path, tuned_on="tiny"))
+    assert get_suite("untuned").hyperparameters == get_suite("tiny").hyperparameters != {}
+
+
 # Preparing
 
 

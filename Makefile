@@ -5,14 +5,16 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 SEEDS ?= 1
 OUT ?= demo-report
+# of vision8, text8, vit8 and vision4
+SUITES ?= vision8 text8
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test native-test bench results studies cuda-check clean
 
-demo: $(VENV)/.demo  ## merge the task suites by every method; print the tables, write the report
-	$(BIN)/statsmerge demo --seeds $(SEEDS) --out $(OUT)
+demo: $(VENV)/.demo  ## merge two task suites by every method; print the tables, write the report
+	$(BIN)/statsmerge demo $(SUITES) --seeds $(SEEDS) --out $(OUT)
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest -q

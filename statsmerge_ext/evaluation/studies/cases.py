@@ -191,7 +191,7 @@ def _foreign(suite: Suite, seeds: int) -> Iterator[Case]:
         for setting, student in (("native", None), (f"{task} from {kind}", foreign)):
             alone = {"left_out": others, "tested": (task,), "foreign": student}
             yield Case(f"{task}'s expert, alone", setting, "linear", seed, **alone)
-            for entry in ("task_arithmetic", "stats_merging/own", "lot", "drift_compensation"):
+            for entry in ("task_arithmetic", "stats_merging/own", "lot"):
                 yield Case(entry, setting, entry, seed, foreign=student)
         yield Case(f"{task}'s teacher", setting, TEACHER, seed, tested=(task,), foreign=foreign)
 

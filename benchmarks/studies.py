@@ -31,8 +31,10 @@ PLAN = {
         "unseen": 1,
         "tasks": 1,
         "robust_calibration": 1,
+        "closed_forms": 1,
     },
     "vit8": {"labels": 1, "foreign": 3},
+    "vision4": {"closed_forms": 1},
     "text8": {"labels": 1, "start": 1, "quantisation": 1, "statistics": 1, "samples": 1},
 }
 

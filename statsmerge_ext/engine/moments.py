@@ -13,7 +13,7 @@ from torch import Tensor
 from statsmerge_ext import ops
 from statsmerge_ext.engine.affine import padded
 from statsmerge_ext.engine.solving import RESOLUTION
-from statsmerge_ext.engine.spectral import FILTERS, effective_rank, spectral_solution
+from statsmerge_ext.engine.spectral import FILTERS, effective_rank, mean_eigenvalue, spectral_solution
 from statsmerge_ext.evidence.observe import Geometry
 
 
@@ -117,7 +117,7 @@ class Moments:
         else:
             start = torch.zeros_like(product) if anchor is None else anchor
             # What is below the resolution of the features is rounding, whatever it is divided by.
-            least = RESOLUTION * _mean_eigenvalue(self.gram / scale).squeeze(-1)
+            least = RESOLUTION * mean_eigenvalue(self.gram / scale).squeeze(-1)
 
             def response(values: Tensor) -> Tensor:
                 return FILTERS[filter](torch.where(values > least, values, 0), ridge, float(self.count.max()))
@@ -133,8 +133,8 @@ class Moments:
     def _equations(self, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
         """``gram`` and ``product``, centred if ``shifted``, over the mean eigenvalue; and that."""
         gram, product = self._centred() if shifted else (self.gram, self.product)
-        least = RESOLUTION * _mean_eigenvalue(self.gram)
-        scale = torch.maximum(_mean_eigenvalue(gram), least)
+        least = RESOLUTION * mean_eigenvalue(self.gram)
+        scale = torch.maximum(mean_eigenvalue(gram), least)
         scale = torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
         return gram / scale, product / scale, scale
 
@@ -156,10 +156,6 @@ class Moments:
         """``gram`` and ``product`` of inputs less their mean."""
         means = (self.inputs / self.count).unsqueeze(-2)
         return self.gram - self.inputs.unsqueeze(-1) * means, self.product - self.outputs.unsqueeze(-1) * means
-
-
-def _mean_eigenvalue(gram: Tensor) -> Tensor:
-    return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
 
 def _sum_of_images(x: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ def spectral_solution(gram: Tensor, product: Tensor, anchor: Tensor, response: R
     return anchor + ((product - anchor @ gram) @ vectors * factors.unsqueeze(-2)) @ vectors.mT
 
 
+def mean_eigenvalue(gram: Tensor) -> Tensor:
+    """tr C / in of every ``gram`` [groups, in, in], [groups, 1, 1]."""
+    return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
 def effective_rank(values: Tensor) -> Tensor:
     """(Σ λ)² / Σ λ² of eigenvalues [groups, in]: how many of one size would be as spread, [groups, 1]; 0 for zeros."""
     squares = values.square().sum(-1, keepdim=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.engine.spectral import effective_rank, gradient_descent, leading, spectral_solution
+from statsmerge_ext.engine.spectral import effective_rank, gradient_descent, leading, mean_eigenvalue, spectral_solution
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.matrices import map_matrices
 from statsmerge_ext.methods.registry import register_method
@@ -35,7 +35,7 @@ def swudi(problem: MergeProblem, *, scaling_factor: float = 1.0, time: float = 1
     def merge(task_vectors: list[Tensor]) -> Tensor:
         gram, product = interference(task_vectors)
         start = sum(task_vector.double() for task_vector in task_vectors)
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        mean = mean_eigenvalue(gram)
         scale = torch.where(mean > 0, mean, 1)
         return spectral_solution(gram / scale, product / scale, start, solved)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from statsmerge_ext import ops
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.spectral import mean_eigenvalue
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.matrices import map_matrices
 from statsmerge_ext.methods.registry import register_method
@@ -33,7 +34,7 @@ def wudi(problem: MergeProblem, *, scaling_factor: float = 1.0, ridge: float = 1
 
     def merge(task_vectors: list[Tensor]) -> Tensor:
         gram, product = interference(task_vectors)
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        mean = mean_eigenvalue(gram)
         mean = torch.where(mean > 0, mean, 1)
         return ops.layer_solve(gram / mean, product / mean, filter="ridge", ridge=ridge).T
 

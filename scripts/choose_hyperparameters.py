@@ -45,7 +45,7 @@ GRIDS: dict[str, dict[str, list]] = {
     "iso_c": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "iso_cts": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "wudi": {"scaling_factor": [0.2, 0.3, 0.5, 0.7, 1.0]},
-    "swudi": {"scaling_factor": [0.1, 0.2, 0.3, 0.5, 1.0]},
+    "swudi": {"scaling_factor": [0.2, 0.5, 1.0, 1.5, 2.0]},
     "ace": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
@@ -56,8 +56,8 @@ GRIDS: dict[str, dict[str, list]] = {
     "lot": {"scaling_factor": [0.8, 1.0, 1.2, 1.3, 1.5, 2.0]},
     "lot+stats_merging": OWN | {"init_values": [0.0], "loss": ["kl"]},
     "regmean_plus_plus": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
-    "featcal": {"ridge": [0.01, 0.05], "anchor_scale": [0.3, 0.66, 1.0]},
-    "drift_compensation": {"scaling_factor": [0.8, 1.0, 1.2, 1.3, 1.5, 2.0]},
+    "featcal": {"ridge": [0.003, 0.01], "anchor_scale": [0.66, 1.0, 1.5]},
+    "drift_compensation": {"scaling_factor": [0.6, 0.8, 1.0, 1.3, 1.5, 2.0]},
 }
 
 

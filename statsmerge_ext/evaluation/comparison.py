@@ -34,6 +34,7 @@ ENTRIES = (
     "swudi",
     "ace",
     "regmean",
+    "esm",
     "stats_merging/task",
     "adamerging",
     "adamerging/plusplus",

@@ -334,6 +334,7 @@ def test_demo_runs_every_entry_by_default(registered, tmp_path, monkeypatch):
         "tsv_m",
         "iso_c",
         "iso_cts",
+        "esm",
         "wudi",
         "swudi",
         "ace",

@@ -44,9 +44,9 @@ def topk_svd(
     there on and for float64 matrices; all else is float64. A matrix of at most 32 rows or columns is decomposed
     directly. Results depend on neither the number of threads nor the other matrices of the call.
 
-    Singular values below about 1e-6 of the largest are found to that absolute accuracy only, and those lost in
-    float64's rounding error come out as 0. On CUDA float32 products serve all matrices that are not float64, and more
-    than 15 values of a matrix that is not small come from a full decomposition.
+    Singular values below about 1e-6 of the largest are found to that absolute accuracy only, as `residual` tells, and
+    those lost in float64's rounding error come out as 0. On CUDA float32 products serve all matrices that are not
+    float64, and more than 15 values of a matrix that is not small come from a full decomposition.
 
     Args:
         mats: [B, m, n], or a list of 2-D tensors of any shapes; float64, float32, bfloat16 or float16, read in that
@@ -54,7 +54,8 @@ def topk_svd(
         k: from 1 to the smallest dimension of any matrix.
         minus: as mats; the matrices are then mats − minus. On the CPU small differences are formed while their matrix
             is at work, and large ones never.
-        tol: relative accuracy of the singular values, between 0 and 1: a matrix is done when `residual` ≤ tol · S.
+        tol: relative accuracy of the singular values, between 0 and 1: a matrix is done when `residual` ≤ tol · S,
+            or as small as rounding error lets it be.
         max_passes: gives up after reading a matrix so often (`residual` tells how far it came); None: 1000.
         vectors: whether to compute U and Vh.
         seed: of the random start.

@@ -99,6 +99,23 @@ def test_spectra(values):
     check_values(result.S[0], result.residual[0], mat, tol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(150, 400), (400, 300)])
+@pytest.mark.parametrize("decay", [3, 6, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_whose_squares_drown_in_rounding_error_end_the_search(shape, decay, dtype):
+    """No number of passes would bring them to the tolerance."""
+    values = 10 ** (-torch.arange(min(shape), dtype=torch.float64) / decay)
+    mat = with_spectrum(*shape, values).to(dtype)
+    result = topk_svd([mat], 60, vectors=True)
+    assert result.passes.item() <= 30
+    exact, found = torch.linalg.svdvals(mat.double()), result.S[0].double()
+    apart = (found.unsqueeze(1) - exact).abs().amin(1)
+    assert bool((apart <= result.residual[0] + torch.finfo(dtype).eps * found).all())
+    assert bool(((found - exact[:60]).abs() <= 1e-6 * exact[0]).all())
+    kept = exact[:60] > 1e-5 * exact[0]
+    assert bool((result.residual[0][kept] <= 1e-3 * found[kept]).all())
+
+
 @pytest.mark.parametrize("shape", [(20, 30), (100, 70)])
 def test_rank_below_k(shape):
     mat = with_spectrum(*shape, torch.tensor([4.0, 2.0]))

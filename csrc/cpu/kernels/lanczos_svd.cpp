@@ -53,8 +53,9 @@ class Lanczos {
       if (last || full || out.passes >= next_check_) {
         ritz_ = symmetric_eigen(projected(), filled_, filled_ - last_);
         const Progress progress = estimate(out);
-        if (progress.excess <= 1 || last || (filled_ == n_ && !single_)) break;
-        if (single_ && (progress.rounding_only || filled_ == n_)) {
+        const bool exhausted = filled_ == n_ || progress.rounding_only;  // more passes in this precision gain nothing
+        if (progress.excess <= 1 || last || (exhausted && !single_)) break;
+        if (exhausted) {
           restart_in_double();
         } else if (full) {
           restart();
@@ -113,6 +114,8 @@ class Lanczos {
     coupling_.assign(static_cast<size_t>(block_ * block_), 0.0);
     std::vector<double> along(static_cast<size_t>(filled_ * kBlock)), components(static_cast<size_t>(filled_ + block_));
     int64_t found = 0;
+    // Less than this is rounding error. Not much more may be: what is taken for nothing is missing in the residuals.
+    const double negligible = 8 * std::sqrt(static_cast<double>(n_)) * kEps;
     for (int64_t c = 0; c < last_; ++c) {
       if (c % kBlock == 0) {
         for (int64_t i = c; i < std::min(c + kBlock, last_); ++i)
@@ -126,7 +129,7 @@ class Lanczos {
         std::fill(components.begin() + filled_, components.end(), 0.0);
         double* next = basis_[filled_ + found];
         std::copy_n(image_[c], n_, next);
-        coupling_[found * block_ + c] = orthonormalize(basis_, filled_, filled_ + found, 8 * n_ * kEps * largest_,
+        coupling_[found * block_ + c] = orthonormalize(basis_, filled_, filled_ + found, negligible * largest_,
                                                        random_, next, components.data());
         for (int64_t i = 0; i < found; ++i) coupling_[i * block_ + c] = components[filled_ + i];
         ++found;

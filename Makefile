@@ -34,6 +34,7 @@ cuda-check: $(VENV)/.torch  ## compile the CUDA kernels for every architecture; 
 
 results: $(VENV)/.demo  ## measure docs/results.md again: three seeds
 	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/costs.py
 
 studies: $(VENV)/.demo  ## measure what is missing of docs/studies.md: hours
 	$(BIN)/python benchmarks/studies.py

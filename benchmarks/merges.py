@@ -19,7 +19,7 @@ from functools import partial
 import target  # noqa: F401  before torch
 import torch
 import torch.nn.functional as F
-from problems import Problem, State, resident, vision8, vit
+from problems import Problem, State, reset_peak, resident, vision8, vit
 from steps import ForwardBackward, OurStep, PlainStep, StepsInMemory, exact_step, step, warmed
 from torch import Tensor, nn
 
@@ -230,11 +230,6 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
         for storage in ("full", "bfloat16", "int8", "int4")
     },
 }
-
-
-def reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
 
 
 def main() -> None:

@@ -83,3 +83,9 @@ def resident(field: str) -> int:
     """``field`` of this process's status in bytes: "VmRSS" is held now, "VmHWM" the most since it was reset."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+
+
+def reset_peak() -> None:
+    """Begin anew with "VmHWM"."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")

@@ -181,7 +181,7 @@ def _device(name: str) -> torch.device:
 def _merge(options: argparse.Namespace) -> None:
     loading = time.process_time()  # what every command takes before it begins
     recipe = load_recipe(options.recipe)
-    if get_method(recipe.method).by_layer:
+    if recipe.chosen.by_layer and recipe.needs_data:
         keep_freed_memory(_KEPT_BLOCK_BY_BLOCK)
     with processes.joined():
         quiet = options.quiet or processes.rank() > 0

@@ -38,8 +38,7 @@ class Inputs:
         """JSON-able facts that decide the result, as far as the inputs do; of models no tensor is read for them."""
         recipe, models = self.recipe, {"": self.base, **self.experts}
         return {
-            "method": recipe.method,
-            "hyperparameters": {name: str(value) for name, value in recipe.hyperparameters.items()},
+            **recipe.chosen.identity(recipe.hyperparameters),
             "out_dtype": str(recipe.out_dtype),
             "models": {name: model.identity() for name, model in models.items()},
             "batches": {name: fingerprint(as_named(batches)) for name, batches in (self.batches or {}).items()},

@@ -62,7 +62,7 @@ def merge_adapters(
             )
     if recipe.needs_data:
         raise MethodError(f"method {recipe.method!r} runs the model; merge the adapters into a full model instead")
-    solved = solve(recipe.method, base=base, experts=recipe.experts, **recipe.hyperparameters)
+    solved = solve(recipe.chosen, base=base, experts=recipe.experts, **recipe.hyperparameters)
     if not solved.solution.is_weighted_sum:
         raise MethodError(
             f"method {recipe.method!r}: its result is not the base plus weighted task vectors, so it has no factors; "

@@ -60,7 +60,10 @@ def _card(recipe: Recipe, report: dict, has_coefficients: bool, has_learner: boo
         "library_name": "transformers",
         "tags": ["merge", "statsmerge"],
     }
-    settings = report.get("hyperparameters", recipe.hyperparameters)
+    settings = dict(report.get("hyperparameters", recipe.hyperparameters))
+    for rule in recipe.layers:
+        own = ", ".join(f"{name} {value}" for name, value in rule.hyperparameters.items())
+        settings[f"layers with {rule.filter!r}"] = f"{rule.method}{': ' if own else ''}{own}"
     return CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
         title=f"{recipe.base.name} merged by {recipe.method}",

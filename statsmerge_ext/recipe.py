@@ -15,14 +15,15 @@ import torch
 from statsmerge_ext.calibration import CalibrationSource
 from statsmerge_ext.errors import MethodError, RecipeError
 from statsmerge_ext.located_yaml import Keys, LocatedYaml
-from statsmerge_ext.methods import Method, get_method
-from statsmerge_ext.recipe_parameters import ModelEntry, read_hyperparameters
+from statsmerge_ext.methods import LayerRule, Method, by_rules, get_method
+from statsmerge_ext.recipe_parameters import ModelEntry, read_hyperparameters, read_method, read_rules
 
 KEYS = (
     "merge_method",
     "base_model",
     "models",
     "parameters",
+    "layers",
     "dtype",
     "out_dtype",
     "tokenizer",
@@ -52,6 +53,7 @@ class Recipe:
         experts: expert name → path of its checkpoint, at least one.
         text: the recipe as it was written.
         hyperparameters: the method's own, under its own names.
+        layers: rules for layers that are merged in another way.
         out_dtype: dtype of the written weights; None: the base's.
         buffers: "average" or "reestimate".
         calibration: unlabelled samples, for methods that look at data; else None.
@@ -64,6 +66,7 @@ class Recipe:
     experts: Mapping[str, Path]
     text: str
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    layers: tuple[LayerRule, ...] = ()
     out_dtype: torch.dtype | None = None
     buffers: str = "average"
     calibration: CalibrationSource | None = None
@@ -71,9 +74,14 @@ class Recipe:
     tokenizer: Path | None = None
 
     @property
+    def chosen(self) -> Method:
+        """What merges all layers: the method, with the rules for some of them. Raises MethodError as `by_rules`."""
+        return by_rules(self.method, self.layers)
+
+    @property
     def needs_data(self) -> bool:
         """Whether the merge runs the model on calibration samples."""
-        return bool(get_method(self.method).needs) or self.buffers == "reestimate"
+        return bool(self.chosen.needs) or self.buffers == "reestimate"
 
 
 def load_recipe(path: str | os.PathLike) -> Recipe:
@@ -110,16 +118,15 @@ def parse_recipe(text: str, *, directory: str | os.PathLike = ".", name: str = "
     content = document.mapping(document.value, (), KEYS)
     if "merge_method" not in content:
         raise document.error((), "merge_method: missing")
-    try:
-        method = get_method(document.text(content["merge_method"], ("merge_method",)))
-    except MethodError as error:
-        raise document.error(("merge_method",), str(error)) from error
+    method = read_method(document, content["merge_method"], ("merge_method",))
     base, models = _read_models(document, content, method)
+    hyperparameters = read_hyperparameters(document, content.get("parameters"), ("parameters",), method, models)
     recipe = Recipe(
         method=method.name,
         base=base,
         experts={model.name: model.path for model in models},
-        hyperparameters=read_hyperparameters(document, content.get("parameters"), method, models),
+        hyperparameters=hyperparameters,
+        layers=read_rules(document, content.get("layers"), method, hyperparameters),
         out_dtype=_read_dtype(document, content),
         buffers=document.one_of(content.get("buffers", BUFFERS[0]), ("buffers",), BUFFERS),
         calibration=_read_calibration(document, content, [model.name for model in models]),
@@ -127,11 +134,26 @@ def parse_recipe(text: str, *, directory: str | os.PathLike = ".", name: str = "
         tokenizer=_read_tokenizer(document, content, base, models),
         text=text,
     )
-    if recipe.needs_data and recipe.calibration is None:
-        raise document.error((), f"calibration: missing; method {method.name!r} needs unlabelled samples of each task")
-    if recipe.calibration is not None and not recipe.needs_data:
-        raise document.error(("calibration",), f"would have no effect: method {method.name!r} looks at no data")
+    _check_methods(document, recipe, content)
     return recipe
+
+
+def _check_methods(document: LocatedYaml, recipe: Recipe, content: dict[str, object]) -> None:
+    """Refuse methods that do not go together, and a base or samples that they lack or do not look at."""
+    try:
+        recipe.chosen
+    except MethodError as error:
+        raise document.error(("layers",), str(error).removeprefix("layers: ")) from error
+    names = dict.fromkeys((recipe.method, *(rule.method for rule in recipe.layers)))
+    with_base = [name for name in names if name not in METHODS_WITHOUT_BASE]
+    if with_base and "base_model" not in content:
+        raise document.error((), f"base_model: missing; method {with_base[0]!r} merges differences from it")
+    with_data = [f"method {name!r}" for name in names if get_method(name).needs] or ["buffers: reestimate"]
+    if recipe.needs_data and recipe.calibration is None:
+        raise document.error((), f"calibration: missing; {with_data[0]} needs unlabelled samples of each task")
+    if recipe.calibration is not None and not recipe.needs_data:
+        looks = f"method {recipe.method!r} looks" if len(names) == 1 else f"the methods {', '.join(names)} look"
+        raise document.error(("calibration",), f"would have no effect: {looks} at no data")
 
 
 def _read_models(document: LocatedYaml, content: dict[str, object], method: Method) -> tuple[Path, list[ModelEntry]]:
@@ -147,10 +169,8 @@ def _read_models(document: LocatedYaml, content: dict[str, object], method: Meth
         if method.name not in METHODS_WITHOUT_BASE:
             # mergekit's recipes list the base among the models, even with parameters; its task vector is zero.
             models = [model for model in models if model.path != base]
-    elif method.name in METHODS_WITHOUT_BASE:
-        base = models[0].path
     else:
-        raise document.error((), f"base_model: missing; method {method.name!r} merges differences from it")
+        base = models[0].path
     for i, model in enumerate(models):
         for other in models[:i]:
             if other.path == model.path:

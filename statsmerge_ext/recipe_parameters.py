@@ -1,14 +1,16 @@
-"""The hyperparameters of a recipe: those of all models, and those that every model has of its own."""
+"""The methods of a recipe, and their hyperparameters: of all models, of every model, and of some layers."""
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from statsmerge_ext.errors import MethodError
 from statsmerge_ext.located_yaml import Keys, LocatedYaml
-from statsmerge_ext.methods import Method
+from statsmerge_ext.methods import LayerRule, Method, get_method
 from statsmerge_ext.methods.registry import nearest
 from statsmerge_ext.methods.weights import Schedule
 
@@ -16,6 +18,7 @@ from statsmerge_ext.methods.weights import Schedule
 ALIASES = {"weight": "weights", "lambda": "scaling_factor"}
 #: mergekit's parameters that concern its own use of memory, not the result.
 WITHOUT_EFFECT = frozenset({"int8_mask"})
+RULE_KEYS = ("filter", "merge_method", "parameters")
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,68 @@ class ModelEntry:
     keys: Keys
 
 
+def read_method(document: LocatedYaml, value: object, keys: Keys) -> Method:
+    """The method of the name ``value``. Raises RecipeError for one that there is not."""
+    try:
+        return get_method(document.text(value, keys))
+    except MethodError as error:
+        raise document.error(keys, str(error)) from error
+
+
+def read_rules(
+    document: LocatedYaml, rules: object, method: Method, hyperparameters: Mapping[str, object]
+) -> tuple[LayerRule, ...]:
+    """The rules for some layers, in full: what a rule does not say is as the recipe's ``method`` has it.
+
+    Raises RecipeError for a rule without effect, and as :func:`read_method` and :func:`read_hyperparameters`.
+    """
+    if rules is None:
+        return ()
+    if not isinstance(rules, list) or not rules:
+        raise document.error(("layers",), "expected a list of at least one rule (- filter: PART)")
+    return tuple(_read_rule(document, rule, ("layers", i), method, hyperparameters) for i, rule in enumerate(rules))
+
+
+def _read_rule(
+    document: LocatedYaml, rule: object, keys: Keys, method: Method, hyperparameters: Mapping[str, object]
+) -> LayerRule:
+    rule = document.mapping(rule, keys, RULE_KEYS)
+    if "filter" not in rule:
+        raise document.error(keys, "filter: missing; expected a part of parameters' names")
+    part = document.text(rule["filter"], (*keys, "filter"))
+    if "merge_method" in rule:
+        method, hyperparameters = read_method(document, rule["merge_method"], (*keys, "merge_method")), {}
+    elif rule.get("parameters") is None:
+        raise document.error(keys, "would have no effect: expected a merge_method, parameters, or both")
+    own = read_hyperparameters(
+        document, rule.get("parameters"), (*keys, "parameters"), method, inherited=hyperparameters
+    )
+    return LayerRule(part, method.name, own)
+
+
 def read_hyperparameters(
-    document: LocatedYaml, shared: object, method: Method, models: list[ModelEntry]
+    document: LocatedYaml,
+    shared: object,
+    keys: Keys,
+    method: Method,
+    models: Sequence[ModelEntry] = (),
+    inherited: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, object]:
-    """The method's hyperparameters under its own names, from the recipe's ``parameters`` and the models' own.
+    """The method's hyperparameters under its own names, from the ``parameters`` at ``keys`` and the models' own; what
+    they do not say is as ``inherited``.
 
     Raises RecipeError for one that the method has not, that is given twice, or whose value is of another type.
     """
-    shared = {} if shared is None else document.mapping(shared, ("parameters",))
+    shared = {} if shared is None else document.mapping(shared, keys)
     hyperparameters = {}
     for key, value in shared.items():
         if key in WITHOUT_EFFECT:
             continue
-        name = _hyperparameter(document, method, key, ("parameters", key))
+        name = _hyperparameter(document, method, key, (*keys, key))
         if name in hyperparameters:
-            raise document.error(("parameters", key), f"{name!r} is given twice")
-        hyperparameters[name] = _checked_value(document, method, name, value, ("parameters", key))
+            raise document.error((*keys, key), f"{name!r} is given twice")
+        hyperparameters[name] = _checked_value(document, method, name, value, (*keys, key))
+    hyperparameters = {**inherited, **hyperparameters}
     for key in dict.fromkeys(key for model in models for key in model.parameters):
         first = next(model for model in models if key in model.parameters)
         name = _hyperparameter(document, method, key, (*first.keys, "parameters", key))

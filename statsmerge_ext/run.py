@@ -24,10 +24,16 @@ from statsmerge_ext.checkpoints.writing import atomic_output, check_output, pars
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.merging import Solved, solve
 from statsmerge_ext.engine.problem import MergedLayers
-from statsmerge_ext.errors import CalibrationError, CheckpointError, ProcessError, RecipeError, StatsMergeError
+from statsmerge_ext.errors import (
+    CalibrationError,
+    CheckpointError,
+    MethodError,
+    ProcessError,
+    RecipeError,
+    StatsMergeError,
+)
 from statsmerge_ext.in_memory import is_file, stored_dtype, write_whole
 from statsmerge_ext.inputs import Inputs, open_inputs, refuse_to_overwrite
-from statsmerge_ext.methods import get_method
 from statsmerge_ext.model_card import REPORT, accompanying_files
 from statsmerge_ext.recipe import VOCABULARIES, Recipe, load_recipe
 from statsmerge_ext.streamed import estimate, write_streamed
@@ -114,7 +120,7 @@ def run_merge(
         if blocks:
             plan |= blocks.estimate(infos, out)
         elif on_disk and not recipe.needs_data:
-            plan |= estimate(recipe.method, base, experts, infos, out, **options, **recipe.hyperparameters)
+            plan |= estimate(recipe.chosen, base, experts, infos, out, **options, **recipe.hyperparameters)
         if "seconds" in plan:
             plan["seconds"] += prepared
         return {"plan": plan}
@@ -132,7 +138,7 @@ def run_merge(
         data = {"calibration": inputs.batches, "journal": journal} if model else {}
         start = base if model is None else model
         with _as_calibration_error(why_not):
-            merged = solve(recipe.method, base=start, experts=of_model, **data, **options, **recipe.hyperparameters)
+            merged = solve(recipe.chosen, base=start, experts=of_model, **data, **options, **recipe.hyperparameters)
         write = write_streamed
     if blocks or (model is None and on_disk and isinstance(merged.solution.parameters, MergedLayers)):
         identity = {**inputs.identity(), "options": [str(device), shard_bytes, random_seed, budget]}
@@ -153,13 +159,15 @@ def _block_merge(
     inputs: Inputs, device: str | torch.device, options: Mapping[str, object]
 ) -> tuple[BlockMerge | None, str | None]:
     """The merge block by block, where method and model allow it; or why the model does not."""
-    recipe, method = inputs.recipe, get_method(inputs.recipe.method)
+    recipe, method = inputs.recipe, inputs.recipe.chosen
     if not method.by_layer or not recipe.needs_data or recipe.buffers != "average" or inputs.base.config is None:
         return None, None
     of_merge = {"hyperparameters": recipe.hyperparameters, "seed": options["seed"]}
     of_merge["memory_budget"] = options["memory_budget"]
     try:
         return BlockMerge(method, inputs.base, inputs.experts, inputs.batches, device, **of_merge), None
+    except MethodError:
+        raise
     except Exception as error:  # the model's own code is run, which may fail in any way there is
         return None, f"{type(error).__name__}: {error}"
 

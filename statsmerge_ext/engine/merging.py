@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from statsmerge_ext.engine.shared_evidence import collect_shared_grams
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.layers import Layer, find_layers, layers_of_state
-from statsmerge_ext.methods import Method, get_method
+from statsmerge_ext.methods import LayerRule, Method, by_rules, get_method
 
 #: A model as callers may give it: a module, a state dict, or the path of a checkpoint.
 Model = nn.Module | Mapping[str, Tensor] | str | Path
@@ -52,6 +52,7 @@ def merge(
     *,
     base: Model,
     experts: Mapping[str, Model],
+    layers: Sequence[LayerRule] = (),
     calibration: Mapping[str, Iterable] | None = None,
     heads: Mapping[str, Callable] | None = None,
     forward: Callable[[nn.Module, object], object] | None = None,
@@ -69,6 +70,8 @@ def merge(
         base: the pretrained model: a module, a state dict, or a checkpoint's path. Methods that look at data need the
             module. It is not changed.
         experts: name -> fine-tuned model, in any of the same forms, or the path of a quantised task vector.
+        layers: rules for layers that are merged by another method, or with other hyperparameters, or kept as the base
+            has them (the method "keep"); the first that fits a layer counts.
         calibration: name -> batches of that expert's task: tensors, or mappings of tensors. Labels are refused.
         heads: name -> function from the model's output to logits, for methods that compare predictions and models
             whose output is not logits already.
@@ -84,12 +87,13 @@ def merge(
         hyperparameters: the method's own.
 
     Raises:
-        MethodError: unknown method or hyperparameter, or something the method needs was not given.
+        MethodError: unknown method or hyperparameter, or something the method needs was not given; a rule that fits no
+            layer; methods that cannot be combined.
         CheckpointError: experts that do not fit the base, unreadable files, NaN weights.
         CalibrationError: missing, empty, exhausted or labelled calibration data; evidence from other models.
     """
     solved = solve(
-        method,
+        by_rules(method, layers),
         base=base,
         experts=experts,
         calibration=calibration,
@@ -175,12 +179,14 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     memory_budget: int | None = None,
+    sample: bool = False,
     **hyperparameters,
 ) -> Solved:
     """Everything of :func:`merge` up to the method's solution; arguments and errors are the same.
 
     Args:
         memory_budget: bytes that models read from disk may take at a time; None: a default.
+        sample: the models are some tensors of larger ones, among which rules need not find a layer.
     """
     start = time.perf_counter()
     chosen = get_method(method) if isinstance(method, str) else method
@@ -193,6 +199,9 @@ def solve(
     sources = {name: _source(f"expert {name!r}", state) for name, state in states.items()}
     states = check_compatible(base_state, states)
     layers = find_layers(module) if module is not None else layers_of_state(base_state)
+    if not sample:
+        chosen.check_layers(layers)
+    watched = chosen.watched(layers)
 
     if isinstance(evidence, (str, Path)):
         evidence = GramEvidence.load(evidence)
@@ -221,7 +230,7 @@ def solve(
     )
     if collect:
         evidence = collect_shared_grams(
-            module, layers, base_state, states, batches, forward=problem.forward, progress=progress
+            module, watched, base_state, states, batches, forward=problem.forward, progress=progress
         )
     elif evidence is not None:
         evidence.check_models(base_state, states)
@@ -230,24 +239,23 @@ def solve(
     collected = time.perf_counter()
 
     if journal is not None and "batches" in chosen.needs:
-        problem.journal = Journal(journal, _identity(problem, chosen.name, hyperparameters))
+        problem.journal = Journal(journal, _identity(problem, chosen, hyperparameters))
     solution = chosen(problem, **hyperparameters)
-    facts = facts_for_report(chosen, hyperparameters, list(states), buffers, seed)
-    facts["layers"] = layer_report(layers, evidence.seen if "grams" in chosen.needs else None)
+    facts = facts_for_report(chosen, hyperparameters, layers, list(states), buffers, seed)
+    facts["layers"] = layer_report(layers, watched, evidence.seen if "grams" in chosen.needs else None)
     return Solved(problem, solution, facts, start, collected)
 
 
 def facts_for_report(
-    method: Method, hyperparameters: Mapping[str, object], experts: list[str], buffers: str, seed: int
+    method: Method,
+    hyperparameters: Mapping[str, object],
+    layers: list[Layer],
+    experts: list[str],
+    buffers: str,
+    seed: int,
 ) -> dict:
     """What was asked for, JSON-able."""
-    return {
-        "method": method.name,
-        "hyperparameters": {k: _plain(v) for k, v in {**method.hyperparameters, **hyperparameters}.items()},
-        "experts": experts,
-        "buffers": buffers,
-        "seed": seed,
-    }
+    return {**method.facts(layers, hyperparameters), "experts": experts, "buffers": buffers, "seed": seed}
 
 
 def default_forward(model: nn.Module, batch: object) -> object:
@@ -255,26 +263,10 @@ def default_forward(model: nn.Module, batch: object) -> object:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-def _plain(value: object) -> object:
-    """A hyperparameter as the report shows it, JSON-able."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return (
-        _plain(value.setting)
-        if hasattr(value, "setting")
-        else str(value)
-        if isinstance(value, Path)
-        else type(value).__name__
-    )
-
-
-def _identity(problem: MergeProblem, method: str, hyperparameters: Mapping) -> dict:
+def _identity(problem: MergeProblem, method: Method, hyperparameters: Mapping) -> dict:
     """What decides the result of a merge."""
     return {
-        "method": method,
-        "hyperparameters": {name: str(value) for name, value in hyperparameters.items()},
+        **method.identity(hyperparameters),
         "seed": problem.seed,
         "models": [fingerprint(problem.base), *(fingerprint(state) for state in problem.experts.values())],
         "batches": {name: fingerprint(as_named(of_expert)) for name, of_expert in problem.batches.items()},
@@ -315,16 +307,17 @@ def _complete(problem: MergeProblem, solution: Solution, buffers: str) -> dict[s
     return {key: merged[key] if key in merged else rest[key] for key in problem.base}
 
 
-def layer_report(layers: list[Layer], seen: Container[str] | None) -> dict:
+def layer_report(layers: list[Layer], watched: list[Layer], seen: Container[str] | None) -> dict:
     """What became of each kind of layer, JSON-able.
 
-    ``seen`` are the names of the layers that evidence was collected of; None where none was needed.
+    ``watched`` are the layers that evidence was needed of, ``seen`` the names of those that there is some of; None
+    where none was needed.
     """
     kinds: dict[str, int] = {}
     for layer in layers:
         kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
     report = {"kinds": kinds, "bare_parameters": [x.name for x in layers if x.kind == "other"]}
     if seen is not None:
-        report["never_called"] = [layer.name for layer in layers if layer.source and layer.name not in seen]
+        report["never_called"] = [layer.name for layer in watched if layer.source and layer.name not in seen]
         report["tied"] = {x.name: list(x.tied) for x in layers if x.tied}
     return report

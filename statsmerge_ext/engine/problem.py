@@ -7,6 +7,7 @@ many of them are in memory and where they go is decided here, so that a method n
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -32,14 +33,14 @@ class Solution:
         coefficients: the λ that were learned or given, [L, K] or [K]; None for methods without.
         is_weighted_sum: whether the parameters are the base plus the task vectors, weighted by the coefficients.
         learner: what was learned and can be applied to other models, with a ``to_json`` method; None for most.
-        notes: JSON-able facts for the report.
+        notes: JSON-able facts for the report; what they say of layers is a mapping from layers' names.
     """
 
     parameters: Mapping[str, Tensor]
     coefficients: Tensor | None = None
     is_weighted_sum: bool = False
     learner: object | None = None
-    notes: dict = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,7 +48,7 @@ class MergeProblem:
     """The input of a method.
 
     Attributes:
-        layers: the model's layers.
+        layers: the layers that are to be merged.
         base: state dict (or a lazy mapping) of the pretrained model.
         experts: name -> state dict of that expert.
         evidence: Gram evidence, for methods that need "grams"; theirs to take apart.
@@ -60,6 +61,7 @@ class MergeProblem:
         seed: for all that is random.
         progress: whether to show progress bars.
         memory_budget: bytes that models read from disk may take at a time; None: a default, exceeded where it must.
+        model_layers: all layers of the model, where ``layers`` are some of them; None: they are all.
     """
 
     layers: list[Layer]
@@ -76,6 +78,11 @@ class MergeProblem:
     seed: int = 0
     progress: bool = False
     memory_budget: int | None = None
+    model_layers: list[Layer] | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_layers is None:
+            self.model_layers = self.layers
 
     def stream(self, layers: Iterable[Layer], *, whole: bool, alone: Container[str] = ()) -> Stream:
         """The pieces of ``layers`` of base and experts, within the memory budget. Raises MethodError as its class."""
@@ -134,7 +141,7 @@ class MergeProblem:
         def of_piece(piece: Piece, base: Tensor, task_vectors: list[Tensor]) -> Tensor:
             return merge(piece.layer, base, task_vectors)
 
-        return Solution(MergedLayers(self, of_piece, whole=True, alone=alone), **solution)
+        return Solution(MappedLayers(self, of_piece, whole=True, alone=alone), **solution)
 
     def map_elements(self, merge: Callable[[Piece, Tensor, list[Tensor]], Tensor], **solution) -> Solution:
         """As :meth:`map_layers`, for methods whose merged elements depend on the same elements of the models alone.
@@ -142,7 +149,7 @@ class MergeProblem:
         ``merge(piece, base, task vectors)`` gets flat tensors of some of a layer's elements: on the CPU at most
         :data:`BLOCK`, so that intermediate results stay in the cache. It is called from several threads at once.
         """
-        return Solution(MergedLayers(self, merge, whole=False), **solution)
+        return Solution(MappedLayers(self, merge, whole=False), **solution)
 
     def store(self, parameters: dict[str, Tensor], layer: Layer, base: Tensor, merged: Tensor) -> None:
         """Put the ``merged`` part of ``layer`` in its place in ``parameters``, in the base's dtype.
@@ -163,24 +170,10 @@ class MergeProblem:
 
 
 class MergedLayers(Mapping[str, Tensor]):
-    """The merged parameters of a model, computed when they are asked for.
+    """The merged parameters of a model, computed when they are asked for, piece by piece."""
 
-    Args:
-        problem: the models.
-        merge: (piece, base, task vectors) -> merged: of whole layers in their shapes, or of some of their elements.
-        whole: which of the two.
-        alone: as in :meth:`MergeProblem.map_layers`.
-    """
-
-    def __init__(
-        self,
-        problem: MergeProblem,
-        merge: Callable[[Piece, Tensor, list[Tensor]], Tensor],
-        *,
-        whole: bool,
-        alone: Container[str] = (),
-    ) -> None:
-        self._problem, self._merge, self._whole, self._alone = problem, merge, whole, alone
+    def __init__(self, problem: MergeProblem) -> None:
+        self._problem = problem
         self._layers: dict[str, list[Layer]] = {}
         for layer in problem.layers:
             self._layers.setdefault(layer.parameter, []).append(layer)
@@ -201,13 +194,54 @@ class MergedLayers(Mapping[str, Tensor]):
         """All of them, in one sweep through the models."""
         return self._computed(self._layers)
 
+    @abstractmethod
     def stream(self, names: Iterable[str]) -> Stream:
         """The pieces of the parameters ``names``, for :meth:`merged`. Raises MethodError as :class:`Stream`."""
+
+    @abstractmethod
+    def merged(self, piece: Piece, base: Tensor, experts: list[Tensor]) -> Tensor:
+        """The merged ``piece``, flat, in the base's dtype, from what base and experts hold there."""
+
+    def _computed(self, names: Iterable[str]) -> dict[str, Tensor]:
+        stream = self.stream(names)
+        parameters: dict[str, Tensor] = {}
+        with tqdm(total=len(stream.pieces), desc="Merging", unit="piece", disable=not self._problem.progress) as bar:
+            for piece, merged in stream.results(self.merged):
+                name = piece.layer.parameter
+                if name not in parameters:
+                    parameters[name] = merged.new_empty(shape_of(self._problem.base, name))
+                start = piece.start(self._problem.base)
+                parameters[name].view(-1)[start : start + piece.count] = merged
+                bar.update()
+        return parameters
+
+
+class MappedLayers(MergedLayers):
+    """What a function makes of every layer.
+
+    Args:
+        problem: the models.
+        merge: (piece, base, task vectors) -> merged: of whole layers in their shapes, or of some of their elements.
+        whole: which of the two.
+        alone: as in :meth:`MergeProblem.map_layers`.
+    """
+
+    def __init__(
+        self,
+        problem: MergeProblem,
+        merge: Callable[[Piece, Tensor, list[Tensor]], Tensor],
+        *,
+        whole: bool,
+        alone: Container[str] = (),
+    ) -> None:
+        super().__init__(problem)
+        self._merge, self._whole, self._alone = merge, whole, alone
+
+    def stream(self, names: Iterable[str]) -> Stream:
         layers = [layer for name in names for layer in self._layers[name]]
         return self._problem.stream(layers, whole=self._whole, alone=self._alone)
 
     def merged(self, piece: Piece, base: Tensor, experts: list[Tensor]) -> Tensor:
-        """The merged ``piece``, flat, in the base's dtype, from what base and experts hold there."""
         if self._whole:
             shape = layer_shape(self._problem.base, piece.layer)
             return self._of(piece, base.view(shape), [expert.view(shape) for expert in experts]).reshape(-1)
@@ -224,19 +258,6 @@ class MergedLayers(Mapping[str, Tensor]):
     def _of(self, piece: Piece, base: Tensor, experts: list[Tensor]) -> Tensor:
         reference, task_vectors = self._problem.differences(piece.layer, base, experts)
         return _settled(base, reference, self._merge(piece, reference, task_vectors))
-
-    def _computed(self, names: Iterable[str]) -> dict[str, Tensor]:
-        stream = self.stream(names)
-        parameters: dict[str, Tensor] = {}
-        with tqdm(total=len(stream.pieces), desc="Merging", unit="piece", disable=not self._problem.progress) as bar:
-            for piece, merged in stream.results(self.merged):
-                name = piece.layer.parameter
-                if name not in parameters:
-                    parameters[name] = merged.new_empty(shape_of(self._problem.base, name))
-                start = piece.start(self._problem.base)
-                parameters[name].view(-1)[start : start + piece.count] = merged
-                bar.update()
-        return parameters
 
 
 def _computed(tensor: Tensor) -> Tensor:

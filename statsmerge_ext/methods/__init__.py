@@ -9,6 +9,7 @@ from statsmerge_ext.methods import (  # importing a method's module registers it
     featcal,
     iso_c,
     iso_cts,
+    keep,
     layer_wise_anchor,
     linear,
     lot,
@@ -21,12 +22,15 @@ from statsmerge_ext.methods import (  # importing a method's module registers it
     tsv_m,
     wudi,
 )
+from statsmerge_ext.methods.layer_rules import LayerRule, by_rules
 from statsmerge_ext.methods.registry import Method, get_method, list_methods, register_method
 
 __all__ = [
+    "LayerRule",
     "Method",
     "ace",
     "adamerging",
+    "by_rules",
     "dare",
     "drift_compensation",
     "esm",
@@ -34,6 +38,7 @@ __all__ = [
     "get_method",
     "iso_c",
     "iso_cts",
+    "keep",
     "linear",
     "list_methods",
     "layer_wise_anchor",

@@ -14,7 +14,7 @@ from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.ties import Election
 
 
-@register_method("adamerging", needs=("batches",))
+@register_method("adamerging", needs=("batches",), partial=True)
 def adamerging(
     problem: MergeProblem,
     *,

@@ -54,7 +54,7 @@ def layer_wise_anchor(
     for part in anchor_parameters:
         if not any(part in layer.parameter for layer in problem.layers):
             raise MethodError(f"anchor_parameters: no parameter's name holds {part!r}")
-    depths = _depths(problem.layers)
+    depths = _depths(problem)
     table = torch.zeros(len(problem.layers), len(names), dtype=torch.float64)
     for row, layer in enumerate(problem.layers):
         own = any(part in layer.parameter for part in anchor_parameters)
@@ -69,11 +69,15 @@ def layer_wise_anchor(
     return problem.map_elements(merge, coefficients=table, is_weighted_sum=True)
 
 
-def _depths(layers: list[Layer]) -> list[float]:
-    """The place of each layer's module among all, 0 for the first and 1 for the last."""
-    modules = [layer.parameter.rpartition(".")[0] for layer in layers]
-    places = {module: place for place, module in enumerate(dict.fromkeys(modules))}
-    return [places[module] / max(1, len(places) - 1) for module in modules]
+def _depths(problem: MergeProblem) -> list[float]:
+    """The place of each layer's module among all of the model, 0 for the first and 1 for the last."""
+    modules = dict.fromkeys(_module(layer) for layer in problem.model_layers)
+    places = {module: place for place, module in enumerate(modules)}
+    return [places[_module(layer)] / max(1, len(places) - 1) for layer in problem.layers]
+
+
+def _module(layer: Layer) -> str:
+    return layer.parameter.rpartition(".")[0]
 
 
 def _lean(depth: float, start: float, ramp: str) -> float:

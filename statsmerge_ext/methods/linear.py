@@ -12,7 +12,7 @@ from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.weights import Weights, expert_weights
 
 
-@register_method("linear")
+@register_method("linear", by_layer=True)
 def linear(problem: MergeProblem, *, weights: Weights | None = None, normalize: bool = True) -> Solution:
     """θ = Σ_k w_k θ_k.
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.errors import MethodError
+from statsmerge_ext.layers import Layer
 
 #: What a method can ask for beyond the weights: "grams" (Gram evidence) and "batches" (unlabelled batches and heads).
 NEEDS = frozenset({"grams", "batches"})
@@ -28,6 +30,7 @@ RESERVED = frozenset(
         "calibration",
         "heads",
         "forward",
+        "layers",
         "evidence",
         "buffers",
         "journal",
@@ -45,7 +48,9 @@ class Method:
     """A registered method: its ``name``, ``function``, what it ``needs`` and its ``hyperparameters`` with defaults.
 
     ``by_layer`` says that what becomes of a layer depends on that layer and its evidence alone, so that the method may
-    be given the layers of a model in several problems, and that its result is no more than parameters and notes.
+    be given the layers of a model in several problems, without Gram evidence even their rows; what its result has
+    beside parameters and notes does not outlast such a merge. ``partial`` says of a method that runs the model that it
+    can merge some of the layers, the others being what the problem's base has.
     """
 
     name: str
@@ -53,10 +58,17 @@ class Method:
     needs: frozenset[str]
     hyperparameters: Mapping[str, object]
     by_layer: bool = False
+    partial: bool = False
 
     @classmethod
     def of(
-        cls, name: str, function: Callable[..., Solution], needs: Iterable[str] = (), *, by_layer: bool = False
+        cls,
+        name: str,
+        function: Callable[..., Solution],
+        needs: Iterable[str] = (),
+        *,
+        by_layer: bool = False,
+        partial: bool = False,
     ) -> Method:
         """The method that ``function`` is.
 
@@ -69,7 +81,8 @@ class Method:
         _, *arguments = inspect.signature(function).parameters.values()
         if taken := sorted(RESERVED.intersection(argument.name for argument in arguments)):
             raise MethodError(f"method {name!r}: its hyperparameter {taken[0]!r} is an argument of merge; rename it")
-        return cls(name, function, needs, {argument.name: argument.default for argument in arguments}, by_layer)
+        defaults = {argument.name: argument.default for argument in arguments}
+        return cls(name, function, needs, defaults, by_layer, partial)
 
     def check(self, hyperparameters: Iterable[str]) -> None:
         """Raise MethodError for a hyperparameter that the method does not take."""
@@ -80,13 +93,29 @@ class Method:
                     f"it takes {', '.join(self.hyperparameters) or 'none'}"
                 )
 
+    def check_layers(self, layers: Iterable[Layer]) -> None:
+        """Raise MethodError if what the method was told of some layers is of none of a model's ``layers``."""
+
+    def watched(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Those of a model's ``layers`` that the method needs Gram evidence of."""
+        return list(layers) if "grams" in self.needs else []
+
+    def identity(self, hyperparameters: Mapping[str, object]) -> dict:
+        """What decides the result of a merge, as far as the method does, JSON-able."""
+        return {"method": self.name, "hyperparameters": {name: str(x) for name, x in hyperparameters.items()}}
+
+    def facts(self, layers: Iterable[Layer], hyperparameters: Mapping[str, object]) -> dict:
+        """How the ``layers`` of a model are merged, JSON-able, for the report."""
+        every = {**self.hyperparameters, **hyperparameters}
+        return {"method": self.name, "hyperparameters": {name: _plain(x) for name, x in every.items()}}
+
     def __call__(self, problem: MergeProblem, **hyperparameters) -> Solution:
         self.check(hyperparameters)
         return self.function(problem, **hyperparameters)
 
 
-def register_method(name: str, *, needs: Iterable[str] = (), by_layer: bool = False) -> Callable:
-    """Decorator that makes a function available as the method ``name``; ``needs`` and ``by_layer`` as :class:`Method`.
+def register_method(name: str, *, needs: Iterable[str] = (), by_layer: bool = False, partial: bool = False) -> Callable:
+    """Decorator that makes a function available as the method ``name``; further arguments as in :class:`Method`.
 
     Raises MethodError if the name is taken, and as :meth:`Method.of`.
     """
@@ -94,7 +123,7 @@ def register_method(name: str, *, needs: Iterable[str] = (), by_layer: bool = Fa
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
         if name in _methods and _methods[name].function is not function:
             raise MethodError(f"a method named {name!r} is already registered")
-        _methods[name] = Method.of(name, function, needs, by_layer=by_layer)
+        _methods[name] = Method.of(name, function, needs, by_layer=by_layer, partial=partial)
         return function
 
     return register
@@ -118,6 +147,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the known name nearest to ``name``, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _plain(value: object) -> object:
+    """A hyperparameter as the report shows it, JSON-able."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "setting"):
+        return _plain(value.setting)
+    return str(value) if isinstance(value, Path) else type(value).__name__
 
 
 @cache

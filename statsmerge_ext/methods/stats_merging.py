@@ -23,7 +23,7 @@ from statsmerge_ext.methods.registry import register_method
 STATISTICS = ("mean", "variance", "norm", "sigma")
 
 
-@register_method("stats_merging", needs=("batches",))
+@register_method("stats_merging", needs=("batches",), partial=True)
 def stats_merging(
     problem: MergeProblem,
     *,

@@ -11,7 +11,7 @@ from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.weights import Weights, expert_weights
 
 
-@register_method("task_arithmetic")
+@register_method("task_arithmetic", by_layer=True)
 def task_arithmetic(problem: MergeProblem, *, scaling_factor: float = 0.3, weights: Weights | None = None) -> Solution:
     """θ = θ_0 + λ Σ_k w_k τ_k.
 

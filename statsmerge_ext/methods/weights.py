@@ -61,7 +61,7 @@ def expert_weights(weights: Weights | None, problem: MergeProblem, default: floa
     schedules = [weight if isinstance(weight, Schedule) else Schedule(weight) for weight in weights]
     if len(schedules) != count or not all(isinstance(x.setting, (Real, tuple)) for x in schedules):
         raise MethodError(f"{name}: expected {count} finite numbers, one an expert, got {list(weights)}")
-    depths = _depths(problem.layers)
+    depths = _depths(problem)
     rows = [[s.at(x.parameter, d) for s in schedules] for x, d in zip(problem.layers, depths, strict=True)]
     for layer, row in zip(problem.layers, rows, strict=True):
         if None in row:
@@ -77,10 +77,10 @@ def by_layer(layers: Sequence[Layer], values: Tensor) -> dict[Layer, list[float]
     return dict(zip(layers, values.tolist(), strict=True))
 
 
-def _depths(layers: Sequence[Layer]) -> list[float]:
-    """The place of each layer's block among the numbered blocks, from 0 to 1; 0 for what is in none."""
-    found = [_NUMBERED.match(layer.parameter) for layer in layers]
+def _depths(problem: MergeProblem) -> list[float]:
+    """The place of each layer's block among the model's numbered blocks, from 0 to 1; 0 for what is in none."""
     last: dict[str, int] = {}
-    for match in filter(None, found):
+    for match in filter(None, (_NUMBERED.match(layer.parameter) for layer in problem.model_layers)):
         last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+    found = [_NUMBERED.match(layer.parameter) for layer in problem.layers]
     return [int(match[2]) / max(1, last[match[1]]) if match else 0.0 for match in found]

@@ -92,12 +92,14 @@ class BlockMerge:
         self._notes: dict[str, dict] = {}
         self._seconds = {"evidence": 0.0, "merge": 0.0}
         self.left_over = self._files.left_over
-        self.facts = facts_for_report(method, hyperparameters, list(experts), "average", seed)
+        method.check_layers(self._model.layers)
+        self._watched = method.watched(self._model.layers)
+        self.facts = facts_for_report(method, hyperparameters, self._model.layers, list(experts), "average", seed)
 
     @property
     def report(self) -> dict:
         """As in :class:`~statsmerge_ext.engine.merging.MergeResult`."""
-        layers = layer_report(self._model.layers, self._seen)
+        layers = layer_report(self._model.layers, self._watched, self._seen)
         return {**self.facts, "layers": layers, "seconds": dict(self._seconds), **self._notes}
 
     def write(self, output: ResumableOutput, *, progress: bool) -> None:
@@ -116,7 +118,8 @@ class BlockMerge:
             output.write(name, output.converted(name, tensor))
         carried = CarriedStates(output.scratch / f"states.{processes.rank()}", self._budget, self._model.tensors)
         mine = shared_batches(self._batches)
-        sweep = BlockSweep(self._model, self._calls, self._base, self._experts, self._sources, mine, carried)
+        models = self._base, self._experts, self._sources
+        sweep = BlockSweep(self._model, self._calls, *models, mine, carried, self._watched)
         total = len(self._model.blocks) + 1
         clock = time.perf_counter()
         with (
@@ -159,7 +162,8 @@ class BlockMerge:
         parent = next(parent for parent in out.absolute().parents if parent.exists())
         with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
             carried = CarriedStates(Path(directory), self._budget, self._model.tensors)
-            sweep = BlockSweep(self._model, self._calls, self._base, experts, self._sources, sample, carried)
+            models = self._base, experts, self._sources
+            sweep = BlockSweep(self._model, self._calls, *models, sample, carried, self._watched)
             file = resumable_output(
                 Path(directory) / "sample.safetensors",
                 {name: infos[name] for name in names},
@@ -209,6 +213,7 @@ class BlockMerge:
             base_source=self._base_source,
             sources=self._sources,
             seed=self._seed,
+            model_layers=self._model.layers,
         )
         self._seen |= evidence.seen.intersection(layer.name for layer in block.layers)
         solution = self._method(problem, **self._hyperparameters)

@@ -29,6 +29,7 @@ from statsmerge_ext.errors import CalibrationError
 from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.evidence.grams import Collector, add_expert, finish
 from statsmerge_ext.evidence.observe import Observation, observe
+from statsmerge_ext.layers import Layer
 
 
 class BlockSweep:
@@ -41,6 +42,7 @@ class BlockSweep:
         sources: how error messages call the base and each expert.
         batches: expert -> unlabelled batches; of several processes, those that this one is to run.
         carried: where hidden states are between two blocks.
+        watched: the layers that evidence is collected of.
 
     Attributes:
         seconds: path of a block -> seconds spent there on experts' weights and sums ("experts"), and on their samples
@@ -56,8 +58,9 @@ class BlockSweep:
         sources: Mapping[str, str],
         batches: Mapping[str, list[Batch]],
         carried: CarriedStates,
+        watched: list[Layer],
     ) -> None:
-        self._model, self._calls, self._carried = model, calls, carried
+        self._model, self._calls, self._carried, self._watched = model, calls, carried, watched
         self._base, self._experts, self._sources = base, experts, sources
         self._batches = [(name, batch) for name in experts for batch in batches[name]]
         self._receive: Callable[[Observation], None] = _ignore
@@ -176,7 +179,7 @@ class BlockSweep:
     @contextmanager
     def _watching(self, model: nn.Module) -> Iterator[None]:
         """The context of every pass: whatever a layer sees goes to the collector of the moment."""
-        with observe(model, self._model.layers, lambda observation: self._receive(observation)):
+        with observe(model, self._watched, lambda observation: self._receive(observation)):
             yield
 
 

@@ -139,7 +139,8 @@ class BlockMerge:
                 bar.update()
 
     def estimate(self, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
-        """What the merge will need, from merging one block of each kind for two experts beside ``out``.
+        """What the merge will need, from merging one block of each kind for two experts beside ``out``, or for all of
+        them if there are rules.
 
         The other blocks are not computed.
 
@@ -154,7 +155,8 @@ class BlockMerge:
         blocks = (*self._model.blocks, self._model.resident)
         first: dict[tuple, str] = {}
         like = {block.path: first.setdefault(self._kind(block), block.path) for block in blocks}
-        experts = dict(list(self._experts.items())[:2])
+        # Methods of rules may have a weight for each expert.
+        experts = self._experts if "rules" in self.facts else dict(list(self._experts.items())[:2])
         sample = {name: self._batches[name][:1] for name in experts}
         measured = [block for block in blocks if like[block.path] == block.path]
         names = {name for block in measured for layer in block.layers for name in self._files.sources(layer.parameter)}
@@ -200,7 +202,9 @@ class BlockMerge:
     def _kind(self, block: Block) -> tuple:
         """What blocks that take the same time have in common."""
         shapes = [(key.removeprefix(block.path), self._model.shapes[key]) for key in block.keys]
-        return tuple(shapes), tuple((layer.kind, layer.source) for layer in block.layers), block in self._calls
+        watched = self._method.watched(block.layers)
+        kinds = [(layer.kind, layer.source, layer in watched) for layer in block.layers]
+        return tuple(shapes), tuple(kinds), block in self._calls
 
     def _write_block(
         self, block: Block, evidence: GramEvidence, experts: Mapping[str, Mapping[str, Tensor]], output: ResumableOutput

@@ -20,6 +20,7 @@ from statsmerge_ext.checkpoints.architecture import build_model, module_state
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.partial import partial_path
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES
+from statsmerge_ext.checkpoints.skeleton import build_skeleton
 from statsmerge_ext.checkpoints.writing import atomic_output, check_output, parse_size, write_companions
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.merging import Solved, solve
@@ -34,6 +35,7 @@ from statsmerge_ext.errors import (
 )
 from statsmerge_ext.in_memory import is_file, stored_dtype, write_whole
 from statsmerge_ext.inputs import Inputs, open_inputs, refuse_to_overwrite
+from statsmerge_ext.layers import find_layers, layers_of_state
 from statsmerge_ext.model_card import REPORT, accompanying_files
 from statsmerge_ext.recipe import VOCABULARIES, Recipe, load_recipe
 from statsmerge_ext.streamed import estimate, write_streamed
@@ -116,6 +118,9 @@ def run_merge(
     if dry_run:
         if processes.count() > 1:
             raise ProcessError("dry_run: says what one process needs; run it in one, without torchrun")
+        if recipe.layers and not blocks:
+            layers = find_layers(build_skeleton(base)) if recipe.needs_data else layers_of_state(base)
+            recipe.chosen.check_layers(layers)
         prepared = time.perf_counter() - began
         if blocks:
             plan |= blocks.estimate(infos, out)

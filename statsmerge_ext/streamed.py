@@ -25,7 +25,6 @@ from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.merging import Solved, solve
 from statsmerge_ext.engine.streaming import Piece
-from statsmerge_ext.layers import layers_of_state
 from statsmerge_ext.methods import Method
 from statsmerge_ext.output import ResumableOutput, resumable_output
 
@@ -82,7 +81,6 @@ def estimate(
     Raises as :func:`solve` and :func:`write_streamed`.
     """
     options = {**options, "progress": False, "sample": True}
-    method.check_layers(layers_of_state(base))
     sizes = {name: infos[name].nbytes for name in floating_names(base)}
     names = list(sizes)
     random.Random(0).shuffle(names)

@@ -63,9 +63,11 @@ def in_two_processes(function: Callable[[], object]) -> list[tuple[int, object]]
     return results
 
 
-def merging(models: Path, out: str, method: str, parameters: dict) -> Callable[[], object]:
-    recipe = write_recipe(models, method, parameters=parameters)
-    return lambda: run_merge(recipe, models / out, progress=False, out_shard_size="100KB")["method"]
+def merging(
+    models: Path, out: str, method: str, parameters: dict, layers: list | None = None, **options
+) -> Callable[[], object]:
+    recipe = write_recipe(models, method, parameters=parameters, layers=layers)
+    return lambda: run_merge(recipe, models / out, progress=False, out_shard_size="100KB", **options)["method"]
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -75,18 +77,37 @@ def weights(out: Path) -> dict[str, bytes]:
 def same(models: Path) -> dict:
     """Whether two processes write what one writes, and take shares of it."""
     facts = {}
-    for method, parameters in (("ties", {"density": 0.3}), ("dare_linear", {"density": 0.4}), ("linear", {})):
-        results = in_two_processes(merging(models, f"two-{method}", method, parameters))
+    rules = [
+        {"filter": "flat", "merge_method": "ties", "parameters": {"density": 0.3}},
+        {"filter": "double", "merge_method": "iso_c"},
+        {"filter": "norm", "merge_method": "keep"},
+    ]
+    merges = {
+        "ties": ("ties", {"density": 0.3}),
+        "dare_linear": ("dare_linear", {"density": 0.4}),
+        "linear": ("linear", {}),
+        "rules": ("task_arithmetic", {}, rules),
+    }
+    for name, merge in merges.items():
+        results = in_two_processes(merging(models, f"two-{name}", *merge))
         one = in_two_processes(lambda: None) and os.fork()
         if not one:  # in a child too: a process that has computed with several threads must not be forked again
-            merging(models, f"one-{method}", method, parameters)()
+            merging(models, f"one-{name}", *merge)()
             os._exit(0)
         os.waitpid(one, 0)
-        facts[method] = (
+        facts[name] = (
             [status for status, _ in results],
-            weights(models / f"two-{method}") == weights(models / f"one-{method}"),
+            weights(models / f"two-{name}") == weights(models / f"one-{name}"),
         )
     return facts
+
+
+def dry_run(models: Path) -> dict:
+    """What two processes say of a merge that they shall only estimate, and what is left of it."""
+    before = sorted(path.name for path in models.iterdir())
+    results = in_two_processes(merging(models, "out", "linear", {}, dry_run=True))
+    after = sorted(path.name for path in models.iterdir() if path.name != "recipe.yaml")
+    return {"results": results, "nothing_left": before == after}
 
 
 def death(models: Path) -> dict:
@@ -206,5 +227,5 @@ if __name__ == "__main__":
     output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     torch.set_num_threads(1)  # a process that has computed with several must not be forked
-    scenarios = (same, death, samples, death_amid_blocks, states)
+    scenarios = (same, dry_run, death, samples, death_amid_blocks, states)
     print(json.dumps({each.__name__: each for each in scenarios}[sys.argv[1]](Path(sys.argv[2]))))

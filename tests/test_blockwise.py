@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import statsmerge_ext
-from statsmerge_ext import blockwise, output, run_merge
+from statsmerge_ext import LayerRule, blockwise, output, run_merge
 from statsmerge_ext.calibration import read_samples
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.checkpoints.architecture import build_model
@@ -22,7 +22,7 @@ from statsmerge_ext.checkpoints.skeleton import build_skeleton
 from statsmerge_ext.engine import carried
 from statsmerge_ext.engine.blocks import BlockModel
 from statsmerge_ext.engine.merging import default_forward
-from statsmerge_ext.errors import CalibrationError, CheckpointError
+from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from tests.tiny_models import files_in, write_recipe
 from tests.tiny_transformers import FAMILIES, save_family
 
@@ -35,10 +35,16 @@ def quiet():
 
 
 def merge(
-    models: Path, method: str = "lot", out: str = "out", parameters: dict | None = None, progress=False, **options
+    models: Path,
+    method: str = "lot",
+    out: str = "out",
+    parameters: dict | None = None,
+    progress=False,
+    layers=None,
+    **options,
 ) -> dict:
-    data = {name: f"{name}.safetensors" for name in ("a", "b")}
-    recipe = write_recipe(models, method, calibration={"data": data, "batch_size": BATCH}, parameters=parameters or {})
+    data = {"data": {name: f"{name}.safetensors" for name in ("a", "b")}, "batch_size": BATCH}
+    recipe = write_recipe(models, method, calibration=data, parameters=parameters or {}, layers=layers)
     return run_merge(recipe, models / out, progress=progress, **options)
 
 
@@ -89,6 +95,35 @@ def test_regmean(tmp_path):
     models = save_family(tmp_path, "llama")
     merge(models, "regmean", parameters={"reduce_non_diagonal_ratio": 0.8})
     assert_same(loaded(models / "out"), in_memory(models, "regmean", reduce_non_diagonal_ratio=0.8).state)
+
+
+RULES = [
+    {"filter": "lm_head", "merge_method": "task_arithmetic", "parameters": {"weights": [0.2, 0.5]}},
+    {"filter": "norm", "merge_method": "keep"},
+    {"filter": "layers.2.", "parameters": {"scaling_factor": 0.5}},
+    {"filter": "layers.1.self_attn", "merge_method": "regmean"},
+    {"filter": "up_proj", "merge_method": "linear"},
+]
+
+
+def test_layers_that_go_by_methods_of_their_own(tmp_path, monkeypatch):
+    """The output projection is tied to the embedding, and what reads one input goes different ways."""
+    models = save_family(tmp_path, "qwen2")
+    monkeypatch.setattr(blockwise, "_ELEMENTS", 40)
+    assert merge(models, layers=RULES, dry_run=True)["plan"].keys() >= {"seconds", "memory"}
+    report = merge(models, layers=RULES)
+    rules = [LayerRule(r["filter"], r.get("merge_method"), r.get("parameters", {})) for r in RULES]
+    rules[0] = LayerRule("lm_head", "task_arithmetic", {"weights": [0.2, 0.5], "scaling_factor": 1.0})
+    result = in_memory(models, layers=rules)
+    assert_same(loaded(models / "out"), result.state)
+    assert "in_memory" not in report and not (models / "out" / "coefficients.json").exists()
+    result.report.pop("seconds")
+    assert {key: report[key] for key in result.report} == result.report
+    assert report["rules"][0]["layers"] == ["model.embed_tokens.weight"]
+    assert report["layers"]["never_called"] == []
+    for dry_run in (False, True):
+        with pytest.raises(MethodError, match="filter 'layers.3' is in no parameter's name"):
+            merge(models, out="other", layers=[{"filter": "layers.3", "merge_method": "keep"}], dry_run=dry_run)
 
 
 def test_half_precision_shards_and_dtypes(tmp_path):

@@ -24,7 +24,14 @@ def scenario(name: str, models) -> dict:
 
 def test_two_processes_write_what_one_writes(tmp_path):
     facts = scenario("same", save_family(tmp_path, rows=3000))
-    assert facts == {method: [[0, 0], True] for method in ("ties", "dare_linear", "linear")}
+    assert facts == {merge: [[0, 0], True] for merge in ("ties", "dare_linear", "linear", "rules")}
+
+
+def test_a_dry_run_of_several_processes_is_refused(tmp_path):
+    facts = scenario("dry_run", save_family(tmp_path))
+    for status, message in facts["results"]:
+        assert status == 2 and message == "dry_run: says what one process needs; run it in one, without torchrun"
+    assert facts["nothing_left"]
 
 
 def test_a_process_that_dies_ends_the_merge_and_leaves_a_journal(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from statsmerge_ext.engine.problem import MergeProblem
 from statsmerge_ext.errors import MethodError, RecipeError
 from statsmerge_ext.layers import layers_of_state
-from statsmerge_ext.methods import get_method
+from statsmerge_ext.methods import LayerRule, get_method
 from statsmerge_ext.methods.weights import Schedule, expert_weights
 from statsmerge_ext.recipe import load_recipe, parse_recipe
 
@@ -176,6 +176,49 @@ def test_the_base_among_the_models_is_no_expert_whatever_its_parameters():
     assert "models: holds no expert besides the base" in refusal(alone)
 
 
+def test_rules_for_some_layers():
+    recipe = parse_recipe(
+        LOT
+        + """\
+parameters: {ridge: 0.001, lambda: 1.1}
+layers:
+  - {filter: classifier, merge_method: keep}
+  - {filter: layers.11., parameters: {lambda: 1.5}}
+  - {filter: embed, merge_method: task_arithmetic, parameters: {weight: [0.2, 0.3]}}
+  - {filter: "*", merge_method: lot}
+"""
+    )
+    assert recipe.hyperparameters == {"ridge": 0.001, "scaling_factor": 1.1}
+    assert recipe.layers == (
+        LayerRule("classifier", "keep"),
+        LayerRule("layers.11.", "lot", {"ridge": 0.001, "scaling_factor": 1.5}),
+        LayerRule("embed", "task_arithmetic", {"weights": [0.2, 0.3], "scaling_factor": 1.0}),
+        LayerRule("*", "lot"),
+    )
+    assert recipe.chosen.name == "lot" and recipe.chosen.needs == {"grams"} and recipe.chosen.by_layer
+    assert parse_recipe(BASE + "layers:\n").layers == ()
+
+
+def test_a_rule_takes_over_what_the_models_themselves_say():
+    models = BASE.replace("model: a", "{model: a, parameters: {weight: [0, 1]}}")
+    models = models.replace("- model: b", "- {model: b, parameters: {weight: 0.3}}")
+    rules = "layers: [{filter: head, parameters: {lambda: 2}}, {filter: mlp, parameters: {weight: 1}}]\n"
+    weights = [Schedule((0, 1)), 0.3]
+    assert [rule.hyperparameters for rule in parse_recipe(models + "parameters: {lambda: 0.5}\n" + rules).layers] == [
+        {"weights": weights, "scaling_factor": 2},
+        {"weights": 1, "scaling_factor": 0.5},
+    ]
+
+
+def test_rules_may_need_data_and_a_base_where_the_method_does_not():
+    rules = "layers: [{filter: head, merge_method: lot}]\n"
+    assert parse_recipe(BASE + rules + "calibration: {data: x.txt}\n").needs_data
+    assert "calibration: missing; method 'lot' needs unlabelled samples" in refusal(BASE + rules)
+    linear = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nlayers: [{filter: head, merge_method: %s}]\n"
+    assert "base_model: missing; method 'keep'" in refusal(linear % "keep")
+    assert parse_recipe((linear % "linear").replace("linear}", "linear, parameters: {weight: [0, 1]}}")).layers
+
+
 @pytest.mark.parametrize("source", ["tokenizer_source: b", "tokenizer: {source: ./b}"])
 def test_the_tokenizer_may_be_an_experts(source):
     assert parse_recipe(f"{BASE}{source}\n").tokenizer == Path("b")
@@ -226,6 +269,19 @@ def test_schedules_over_layers():
         (
             BASE.replace("task_arithmetic", "task_aritmetic"),
             "r.yaml:1:1: merge_method: unknown method 'task_aritmetic'",
+        ),
+        (
+            BASE + "layers:\n  - filter: head\n    method: keep\n",
+            "r.yaml:8:5: layers[0].method: unknown key (did you mean 'merge_method'?)",
+        ),
+        (
+            BASE + "layers:\n  - filter: head\n    merge_method: kepe\n",
+            "r.yaml:8:5: layers[0].merge_method: unknown method 'kepe' (did you mean 'keep'?)",
+        ),
+        (
+            BASE + "layers:\n  - filter: head\n    parameters: {lamda: 1}\n",
+            "r.yaml:8:18: layers[0].parameters.lamda: method 'task_arithmetic' has no hyperparameter 'lamda' "
+            "(did you mean 'lambda'?)",
         ),
     ],
 )
@@ -296,6 +352,23 @@ def test_typos_are_refused_with_line_and_nearest_key(text, message):
         (
             BASE.replace("model: a", "{model: a, parameters: {weight: 1}}"),
             "r.yaml:5:5: models[1]: parameters.weight: missing; other models have it",
+        ),
+        (BASE + "layers: []\n", "r.yaml:6:1: layers: expected a list of at least one rule (- filter: PART)"),
+        (BASE + "layers: [keep]\n", "r.yaml:6:10: layers[0]: expected a mapping"),
+        (BASE + "layers: [{merge_method: keep}]\n", "r.yaml:6:10: layers[0]: filter: missing"),
+        (BASE + "layers: [{filter: 3}]\n", "r.yaml:6:11: layers[0].filter: expected a text, got 3"),
+        (BASE + "layers: [{filter: head}]\n", "r.yaml:6:10: layers[0]: would have no effect: expected a merge_method"),
+        (
+            BASE + "layers: [{filter: head, parameters: {lambda: [1]}}]\n",
+            "r.yaml:6:38: layers[0].parameters.lambda: expected float, got a list",
+        ),
+        (
+            BASE + "layers: [{filter: head, merge_method: featcal}]\ncalibration: {data: x}\n",
+            "r.yaml:6:1: layers: method 'featcal' merges a whole model and cannot leave layers to others",
+        ),
+        (
+            BASE + "layers: [{filter: head, merge_method: keep}]\ncalibration: {data: x}\n",
+            "r.yaml:7:1: calibration: would have no effect: the methods task_arithmetic, keep look at no data",
         ),
         (LOT + "  samples: 0\n", "r.yaml:8:3: calibration.samples: expected an integer of at least 1, got 0"),
         (LOT + "  batch_size: 2.5\n", "r.yaml:8:3: calibration.batch_size: expected an integer of at least 1, got 2.5"),

@@ -94,6 +94,35 @@ def test_methods_from_the_command_line(models, method, parameters):
         assert any(not torch.equal(merged[name], source[name]) for name in source)
 
 
+def test_layers_that_go_by_methods_of_their_own(models, capsys):
+    layers = [
+        {"filter": "pooler", "merge_method": "keep"},
+        {"filter": "layer.1.", "parameters": {"scaling_factor": 0.5}},
+        {"filter": "embeddings", "merge_method": "ties", "parameters": {"density": 1, "scope": "layer"}},
+    ]
+    data = {"calibration": {"data": "texts.txt", "samples": 10}}
+    wrong = [{"filter": "poler", "merge_method": "keep"}]
+    for options in ((), ("--dry-run",)):
+        for method in ("lot", "stats_merging"):
+            expected = "layers[0]: filter 'poler' is in no parameter's name (did you mean 'pooler'?)"
+            assert_refused(models, capsys, expected, options=options, method=method, layers=wrong, **data)
+    assert merge(models, method="lot", parameters={"scaling_factor": 1.0}, layers=layers, **data) == 0
+    for scaling_factor in (0.5, 1.0):
+        assert (
+            merge(models, out=f"{scaling_factor}", method="lot", parameters={"scaling_factor": scaling_factor}, **data)
+            == 0
+        )
+    merged, base, half, one = states(models, "out", "base", "0.5", "1.0")
+    for name in merged:
+        if not name.startswith("embeddings"):
+            expected = base if name.startswith("pooler") else half if ".layer.1." in name else one
+            assert torch.equal(merged[name], expected[name]), name
+    assert not torch.equal(merged["embeddings.LayerNorm.bias"], one["embeddings.LayerNorm.bias"])
+    report = json.loads((models / "out" / "merge_report.json").read_text())
+    assert [rule["method"] for rule in report["rules"]] == ["keep", "lot", "ties"]
+    assert report["rules"][0]["layers"] == ["pooler.dense.weight", "pooler.dense.bias"]
+
+
 def test_lot_with_one_expert_returns_its_outputs_on_the_calibration_data(models):
     data = {"calibration": {"data": "texts.txt", "samples": 20}}
     assert merge(models, method="lot", experts=["a"], parameters={"scaling_factor": 1.0}, **data) == 0

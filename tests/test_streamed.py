@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import statsmerge_ext
-from statsmerge_ext import output, run_merge
+from statsmerge_ext import LayerRule, output, run_merge
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.checkpoints.partial import PartialOutput
 from statsmerge_ext.engine import streaming
@@ -62,7 +62,8 @@ def save_family(directory: Path, rows: int = 900) -> Path:
 
 def stream(models: Path, out: str = "out", method: str = "task_arithmetic", **options) -> dict:
     parameters = options.pop("parameters", METHODS.get(method, {}))
-    return run_merge(write_recipe(models, method, parameters=parameters), models / out, progress=False, **options)
+    recipe = write_recipe(models, method, parameters=parameters, layers=options.pop("layers", None))
+    return run_merge(recipe, models / out, progress=False, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,6 +81,51 @@ def test_the_same_bits_as_in_memory(models, monkeypatch, method, budget):
         assert torch.equal(written[name], expected[name]), name
     assert any(not torch.equal(expected[name], base[name]) for name in base)
     assert not (models / "out.partial").exists()
+
+
+RULES = [
+    {"filter": "big", "merge_method": "ties", "parameters": {"density": 0.3}},
+    {"filter": "flat", "merge_method": "dare_linear", "parameters": {"density": 0.4}},
+    {"filter": "double", "merge_method": "iso_c"},
+    {"filter": "norm", "merge_method": "keep"},
+]
+
+
+@pytest.mark.parametrize("budget", [None, 12 * 65536 * 32])
+def test_layers_that_go_by_methods_of_their_own(models, monkeypatch, budget):
+    """Whole layers, elements and the base itself in one stream, also after an interruption; and its dry run."""
+    in_memory = {name: dict(open_checkpoint(models / name)) for name in ("base", "a", "b")}
+    base = in_memory.pop("base")
+    rules = [LayerRule(r["filter"], r["merge_method"], r.get("parameters", {})) for r in RULES]
+    general = METHODS["task_arithmetic"]
+    expected = statsmerge_ext.merge("task_arithmetic", base=base, experts=in_memory, layers=rules, **general)
+    options = {"layers": RULES, "memory_budget": budget}
+    assert stream(models, dry_run=True, **options)["plan"]["tensors"] == len(base)
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stream(models, **options)
+    monkeypatch.setattr(streaming, "_LONGEST", streaming.BLOCK)
+    with pytest.raises(CheckpointError, match="is the journal of another run"):
+        stream(models, layers=RULES[:2], memory_budget=budget)
+    report = stream(models, **options)
+    written = open_checkpoint(models / "out")
+    for name in base:
+        assert torch.equal(written[name], expected.state[name]), name
+    assert torch.equal(written["norm.weight"], base["norm.weight"])
+    assert report["rules"] == expected.report["rules"]
+    assert [rule["layers"] for rule in report["rules"]] == [["big"], ["flat"], ["double"], ["norm.weight"]]
+    assert "| layers with 'big' | ties: density 0.3 |" in (models / "out" / "README.md").read_text()
+    coefficients = json.loads((models / "out" / "coefficients.json").read_text())
+    rows = dict(zip(coefficients["names"], coefficients["values"], strict=True))
+    assert rows["norm.weight"] == [0, 0] and rows["scalar"] == [0.4, 0.4] and rows["flat"] == [0.5, 0.5]
+
+
+def test_a_rule_that_fits_no_tensor_is_refused(models):
+    for dry_run in (False, True):
+        with pytest.raises(MethodError, match=r"layers\[0\]: filter 'nrom' .* \(did you mean 'norm'\?\)"):
+            stream(models, layers=[{"filter": "nrom", "merge_method": "keep"}], dry_run=dry_run)
+    assert "out.partial" not in files_in(models)
 
 
 def test_a_method_of_whole_layers_is_streamed_too(models):

@@ -81,7 +81,7 @@ class _Streams:
 class _JoinedNotes(Mapping[str, object]):
     """The notes of several solutions as they are when they are looked at: some are written while layers are computed.
 
-    What several of them say by the same name is of different layers.
+    What several of them have of layers is joined to one mapping, and to a list what they have of anything else.
     """
 
     def __init__(self, notes: Iterable[Mapping[str, object]]) -> None:
@@ -94,8 +94,12 @@ class _JoinedNotes(Mapping[str, object]):
         return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> object:
-        first, *others = (notes[name] for notes in self._notes if name in notes)
-        return {key: value for said in (first, *others) for key, value in said.items()} if others else first
+        found = [notes[name] for notes in self._notes if name in notes]
+        if not found:
+            raise KeyError(name)
+        if all(isinstance(note, Mapping) for note in found):
+            return {key: value for note in found for key, value in note.items()}
+        return found if len(found) > 1 else found[0]
 
 
 def _joined_coefficients(problem: MergeProblem, solutions: Sequence[tuple[list[Layer], Solution]]) -> Tensor | None:

@@ -13,7 +13,7 @@ from statsmerge_ext.engine.merging import solve
 from statsmerge_ext.engine.problem import MergeProblem
 from statsmerge_ext.errors import CheckpointError, MethodError
 from statsmerge_ext.layers import find_layers, layers_of_state
-from statsmerge_ext.methods import by_rules, get_method
+from statsmerge_ext.methods import Method, by_rules, get_method
 from statsmerge_ext.methods.weights import Schedule
 from tests.closed_forms import EXPERTS, least_squares, make_experts, relative_error
 
@@ -217,14 +217,29 @@ def test_coefficients_are_learned_around_layers_that_are_merged_before(base):
 def test_what_is_fixed_is_fixed_under_all_names_of_a_tied_parameter():
     torch.manual_seed(0)
     base, tokens = Tied(), {name: [torch.randint(0, 9, (6, 3))] for name in EXPERTS}
-    experts = make_experts(base)
-    result = merge(
-        "stats_merging", base=base, experts=experts, layers=[LayerRule("head", "linear")], calibration=tokens, epochs=2
-    )
-    expected = base.embed.weight + mean_task_vector(base, "embed.weight").mean(0)
-    torch.testing.assert_close(result.state["head.weight"], expected.detach())
-    assert result.learner is not None
-    assert result.report["rules"][0]["layers"] == ["embed.weight"]
+    starts = []
+
+    def learns(problem):
+        starts.append((dict(problem.base), [layer.name for layer in problem.layers]))
+        return problem.map_layers(lambda layer, start, task_vectors: start + task_vectors[0])
+
+    method = Method.of("learns", learns, ("batches",), partial=True)
+    rules = [LayerRule("head", "linear")]
+    state = merge(method, base=base, experts=make_experts(base), layers=rules, calibration=tokens).state
+    ((start, names),) = starts
+    mean = (base.embed.weight + mean_task_vector(base, "embed.weight").mean(0)).detach()
+    for name in ("embed.weight", "head.weight"):
+        torch.testing.assert_close(start[name], mean)
+        assert torch.equal(state[name], start[name])
+    assert names == ["hidden.weight", "hidden.bias"] and torch.equal(start["hidden.weight"], base.hidden.weight)
+    torch.testing.assert_close(state["hidden.weight"], make_experts(base)["a"].hidden.weight.detach())
+
+
+def test_what_was_learned_of_some_layers_is_in_the_result(base):
+    result = merged("stats_merging", base, LayerRule("left", "ties"), epochs=2)
+    assert result.learner.to_json()
+    rows = dict(zip(result.coefficients["names"], result.coefficients["values"], strict=True))
+    assert rows["left.weight"].isnan().all() and (rows["right.weight"] - 0.3).abs().max() > 1e-4
 
 
 def refusal(method, *rules, layers=None):
@@ -285,3 +300,15 @@ def test_parts_of_a_packed_parameter_stay_together():
     alone = get_method("tsv_m")(problem).parameters["attention.in_proj_weight"]
     assert torch.equal(method(problem).parameters["attention.in_proj_weight"], alone)
     assert F.mse_loss(alone, attention.in_proj_weight) > 0
+
+
+def test_what_methods_note_of_layers_is_joined(base):
+    def of_layers(problem):
+        return problem.map_layers(
+            lambda layer, start, t: start, notes={"seen": {x.name: 1 for x in problem.layers}, "n": 1}
+        )
+
+    method = Method.of("of_layers", of_layers)
+    report = merged(method, base, LayerRule("head", method), LayerRule("norm", "keep"), calibration=None).report
+    others = [f"{side}.{name}" for side in ("left", "right") for name in ("weight", "bias")]
+    assert report["seen"] == dict.fromkeys(["head.weight", "head.bias", *others], 1) and report["n"] == [1, 1]

@@ -64,9 +64,10 @@ def merge_adapters(
         raise MethodError(f"method {recipe.method!r} runs the model; merge the adapters into a full model instead")
     solved = solve(recipe.chosen, base=base, experts=recipe.experts, **recipe.hyperparameters)
     if not solved.solution.is_weighted_sum:
+        rules = " with its rules" if recipe.layers else ""
         raise MethodError(
-            f"method {recipe.method!r}: its result is not the base plus weighted task vectors, so it has no factors; "
-            "merge into a full model, and extract an adapter from that"
+            f"method {recipe.method!r}{rules}: its result is not the base plus weighted task vectors, so it has no "
+            "factors; merge into a full model, and extract an adapter from that"
         )
     table = solved.coefficients
     rows = dict(zip(table["names"], table["values"].tolist(), strict=True))

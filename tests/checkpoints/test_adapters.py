@@ -161,6 +161,27 @@ def test_adapters_merge_in_factored_form_to_what_their_models_merge_to(tmp_path,
     assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["rank_pattern"] == {"enc.v": 3}
 
 
+def test_adapters_merged_by_rules_for_some_layers(tmp_path, base):
+    save_adapter(tmp_path / "a", seed=1)
+    save_adapter(tmp_path / "b", seed=2)
+    rules = [
+        {"filter": "enc.v", "merge_method": "keep"},
+        {"filter": "enc.q", "merge_method": "linear", "parameters": {"weight": [0.2, 0.8]}},
+    ]
+    recipe = write_recipe(tmp_path, layers=rules)
+    run_merge(recipe, tmp_path / "dense", progress=False)
+    merge_adapters(recipe, tmp_path / "merged")
+    dense, state = open_checkpoint(tmp_path / "dense"), open_checkpoint(base)
+    factored = open_expert(tmp_path / "merged", state)
+    assert torch.equal(factored["enc.v.weight"], state["enc.v.weight"])
+    assert not torch.equal(dense["enc.q.weight"], state["enc.q.weight"])
+    for name in SHAPES:
+        torch.testing.assert_close(factored[name], dense[name], rtol=1e-5, atol=1e-5)
+    rules[0]["merge_method"] = "ties"
+    with pytest.raises(MethodError, match="method 'task_arithmetic' with its rules: its result is not the base plus"):
+        merge_adapters(write_recipe(tmp_path, layers=rules), tmp_path / "out")
+
+
 def test_a_lower_rank_is_the_best_approximation(tmp_path, base, capsys):
     save_adapter(tmp_path / "a", seed=1)
     save_adapter(tmp_path / "b", seed=2)

@@ -4,7 +4,7 @@
 
 All merges go by recipes from directory to directory, LOT Merging and RegMean block by block. Writes
 benchmarks/results/smollm2.json and the tables of docs/smollm2.md; the models are removed at the end. With --keep they
-stay in DIR, and an interrupted run goes on there. Needs the packages gguf and accelerate.
+stay in DIR, and an interrupted run goes on there. Needs the extra "bench".
 """
 
 from __future__ import annotations

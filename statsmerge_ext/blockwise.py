@@ -24,8 +24,9 @@ from statsmerge_ext.engine.block_evidence import BlockSweep
 from statsmerge_ext.engine.blocks import Block, BlockModel
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.carried import CarriedStates
-from statsmerge_ext.engine.merging import default_forward, facts_for_report, layer_report
+from statsmerge_ext.engine.merging import default_forward
 from statsmerge_ext.engine.problem import MergedLayers, MergeProblem
+from statsmerge_ext.engine.report import facts_for_report, layer_report
 from statsmerge_ext.engine.shared_evidence import shared_batches
 from statsmerge_ext.engine.streaming import DEFAULT_BUDGET
 from statsmerge_ext.engine.together import samples

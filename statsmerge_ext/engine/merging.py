@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.journal import Journal
 from statsmerge_ext.engine.problem import MergedLayers, MergeProblem, Solution
+from statsmerge_ext.engine.report import facts_for_report, layer_report
 from statsmerge_ext.engine.shared_evidence import collect_shared_grams
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from statsmerge_ext.evidence import GramEvidence
-from statsmerge_ext.layers import Layer, find_layers, layers_of_state
+from statsmerge_ext.layers import find_layers, layers_of_state
 from statsmerge_ext.methods import LayerRule, Method, by_rules, get_method
 
 #: A model as callers may give it: a module, a state dict, or the path of a checkpoint.
@@ -246,18 +247,6 @@ def solve(
     return Solved(problem, solution, facts, start, collected)
 
 
-def facts_for_report(
-    method: Method,
-    hyperparameters: Mapping[str, object],
-    layers: list[Layer],
-    experts: list[str],
-    buffers: str,
-    seed: int,
-) -> dict:
-    """What was asked for, JSON-able."""
-    return {**method.facts(layers, hyperparameters), "experts": experts, "buffers": buffers, "seed": seed}
-
-
 def default_forward(model: nn.Module, batch: object) -> object:
     """Call ``model`` with a tensor, or with a mapping's entries as keyword arguments."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
@@ -305,19 +294,3 @@ def _complete(problem: MergeProblem, solution: Solution, buffers: str) -> dict[s
     merged = {key: solution.parameters[name] for key, name in names.items() if name in solution.parameters}
     rest = merge_buffers(problem, merged, reestimate=buffers == "reestimate")
     return {key: merged[key] if key in merged else rest[key] for key in problem.base}
-
-
-def layer_report(layers: list[Layer], watched: list[Layer], seen: Container[str] | None) -> dict:
-    """What became of each kind of layer, JSON-able.
-
-    ``watched`` are the layers that evidence was needed of, ``seen`` the names of those that there is some of; None
-    where none was needed.
-    """
-    kinds: dict[str, int] = {}
-    for layer in layers:
-        kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
-    report = {"kinds": kinds, "bare_parameters": [x.name for x in layers if x.kind == "other"]}
-    if seen is not None:
-        report["never_called"] = [layer.name for layer in watched if layer.source and layer.name not in seen]
-        report["tied"] = {x.name: list(x.tied) for x in layers if x.tied}
-    return report

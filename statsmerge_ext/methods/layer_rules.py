@@ -41,7 +41,8 @@ def by_rules(main: str | Method, rules: Sequence[LayerRule]) -> Method:
     through the model, all other layers are merged before, and are as they will be while it learns.
 
     Raises:
-        MethodError: an unknown method or hyperparameter; a method that cannot leave layers to others; two that learn.
+        MethodError: an unknown method or hyperparameter; a method that cannot leave layers to others; two that run
+            the model.
     """
     main = _as_method(main)
     methods = []
@@ -59,7 +60,7 @@ def by_rules(main: str | Method, rules: Sequence[LayerRule]) -> Method:
             raise MethodError(f"layers: method {method.name!r} merges a whole model and cannot leave layers to others")
     if len(running) > 1:
         names = " and ".join(repr(method.name) for method in running)
-        raise MethodError(f"layers: {names} both learn through the model, of which only one can for all layers")
+        raise MethodError(f"layers: {names} both run the model, which one method of a merge can")
     return _RuledMethod(
         main.name,
         main.function,

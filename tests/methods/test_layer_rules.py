@@ -242,6 +242,13 @@ def test_what_was_learned_of_some_layers_is_in_the_result(base):
     assert rows["left.weight"].isnan().all() and (rows["right.weight"] - 0.3).abs().max() > 1e-4
 
 
+def test_esm_merges_its_own_layers(base):
+    merged_alone, beside = merged("esm", base), merged("esm", base, LayerRule("head", "keep"))
+    for name in ("left.weight", "right.weight", "norm.bias"):
+        assert torch.equal(beside.state[name], merged_alone.state[name]), name
+    assert torch.equal(beside.state["head.weight"], base.head.weight)
+
+
 def refusal(method, *rules, layers=None):
     with pytest.raises(MethodError) as caught:
         by_rules(method, rules).check_layers(layers or find_layers(Net()))
@@ -275,9 +282,11 @@ def test_methods_that_merge_a_whole_model_take_no_rules(method):
     assert refusal(method, LayerRule("head", "keep")) == refusal("linear", LayerRule("head", method)) == expected
 
 
-def test_only_one_method_can_learn_through_the_model():
-    assert "'adamerging' and 'stats_merging' both learn" in refusal("stats_merging", LayerRule("head", "adamerging"))
-    assert "both learn" in refusal("stats_merging", LayerRule("head", hyperparameters={"epochs": 3}))
+def test_only_one_method_can_run_the_model():
+    assert "'adamerging' and 'stats_merging' both run the model" in refusal(
+        "stats_merging", LayerRule("head", "adamerging")
+    )
+    assert "both run the model" in refusal("stats_merging", LayerRule("head", hyperparameters={"epochs": 3}))
 
 
 def test_what_decides_the_result_is_part_of_its_identity():

@@ -35,7 +35,7 @@ from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods import Method
 from statsmerge_ext.output import ResumableOutput, resumable_output
 
-# Elements of a layer without Gram matrix that are merged at a time, so that a long table is never in memory whole.
+# Elements of a table without Gram matrix that are merged at a time, so that a long one is never in memory whole.
 _ELEMENTS = 2**22
 
 
@@ -289,12 +289,12 @@ def _samples(batches: Mapping[str, list[Batch]]) -> int:
 
 
 def _in_rows(layers: Sequence[Layer], evidence: GramEvidence, base: Mapping[str, Tensor]) -> Iterator[Layer]:
-    """``layers``, those without Gram matrix cut into parts of a few rows; their ``evidence`` is cut with them."""
+    """``layers``, tables without Gram matrix cut into parts of a few rows; their ``evidence`` is cut with them."""
     for layer in layers:
         shape = shape_of(base, layer.parameter)
         rows = layer.rows or (0, shape[0] if shape else 1)
         step = max(1, _ELEMENTS // max(1, shape[1:].numel()))
-        if layer.name in evidence.leaders or rows[1] - rows[0] <= step:
+        if layer.kind in ("linear", "conv") or rows[1] - rows[0] <= step:
             yield layer
             continue
         weights = evidence.weights.get(layer.name)

@@ -103,6 +103,7 @@ RULES = [
     {"filter": "layers.2.", "parameters": {"scaling_factor": 0.5}},
     {"filter": "layers.1.self_attn", "merge_method": "regmean"},
     {"filter": "up_proj", "merge_method": "linear"},
+    {"filter": "down_proj", "merge_method": "tsv_m"},
 ]
 
 

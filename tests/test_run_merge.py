@@ -167,7 +167,8 @@ def test_classifiers_bring_their_own_heads_for_learned_methods(models):
         torch.testing.assert_close(two[name], tensor)
 
 
-def test_an_interrupted_merge_is_resumed(models, monkeypatch):
+@pytest.mark.parametrize("layers", [None, [{"filter": "pooler", "merge_method": "lot"}]])
+def test_an_interrupted_merge_is_resumed(models, monkeypatch, layers):
     """The journal lies beside the output; with --no-resume it is forgotten, and at the end it is removed."""
     monkeypatch.setattr(journal, "_SECONDS_BETWEEN_SAVES", 0.0)
     epoch, epochs = learning._Run.train_epoch, []
@@ -180,6 +181,7 @@ def test_an_interrupted_merge_is_resumed(models, monkeypatch):
 
     monkeypatch.setattr(learning._Run, "train_epoch", train_epoch)
     recipe = {"calibration": {"data": "texts.txt", "samples": 8}, "parameters": {"epochs": 4, "loss": "features"}}
+    recipe["layers"] = layers
     stops = {3, 5}
     assert merge(models, method="stats_merging", **recipe) == 130
     assert (models / "out.journal").exists()

@@ -16,7 +16,7 @@ _HETEROGENEOUS = 0.3
 _TINY = 1e-12
 
 
-@register_method("ace")
+@register_method("ace", by_layer=True)
 def ace(
     problem: MergeProblem, *, scaling_factor: float = 1.0, ridge: float = 1e-2, refined_fraction: float = 0.3
 ) -> Solution:

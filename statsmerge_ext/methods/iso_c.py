@@ -9,7 +9,7 @@ from statsmerge_ext.methods.matrices import map_matrices, polar_factor
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("iso_c")
+@register_method("iso_c", by_layer=True)
 def iso_c(problem: MergeProblem, *, scaling_factor: float = 1.0) -> Solution:
     """θ = θ_0 + λ σ̄ U Vᵀ for each weight matrix, U S Vᵀ being the singular value decomposition of Σ_k τ_k and σ̄ the
     mean of S: all directions of the sum count alike, those that the tasks share no more than others. U Vᵀ is the polar

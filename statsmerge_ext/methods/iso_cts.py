@@ -12,7 +12,7 @@ from statsmerge_ext.methods.matrices import map_matrices, orthogonalised
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("iso_cts")
+@register_method("iso_cts", by_layer=True)
 def iso_cts(problem: MergeProblem, *, scaling_factor: float = 1.0, common_space_fraction: float = 0.8) -> Solution:
     """θ = θ_0 + λ σ̄ U Vᵀ for each weight matrix: as ``iso_c``, but the last singular directions of A = Σ_k τ_k make way
     for what single tasks have outside the space of the first ones. U_c are the leading left singular vectors of A; each

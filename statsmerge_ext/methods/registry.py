@@ -48,9 +48,9 @@ class Method:
     """A registered method: its ``name``, ``function``, what it ``needs`` and its ``hyperparameters`` with defaults.
 
     ``by_layer`` says that what becomes of a layer depends on that layer and its evidence alone, so that the method may
-    be given the layers of a model in several problems, without Gram evidence even their rows; what its result has
-    beside parameters and notes does not outlast such a merge. ``partial`` says of a method that runs the model that it
-    can merge some of the layers, the others being what the problem's base has.
+    be given the layers of a model in several problems, and of those that are neither linear nor convolutions a few rows
+    at a time; what its result has beside parameters and notes does not outlast such a merge. ``partial`` says of a
+    method that runs the model that it can merge some of the layers, the others being what the problem's base has.
     """
 
     name: str

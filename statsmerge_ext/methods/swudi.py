@@ -13,7 +13,7 @@ from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.wudi import interference
 
 
-@register_method("swudi")
+@register_method("swudi", by_layer=True)
 def swudi(problem: MergeProblem, *, scaling_factor: float = 1.0, time: float = 10.0) -> Solution:
     """θ = θ_0 + λ T with, for each weight matrix, T = A + (D − A C) Q diag(h_i / λ_i) Qᵀ, where T C = D are the normal
     equations of ``wudi``, Q and λ_i the eigenvectors and eigenvalues of C, and A = Σ τ_k is where gradients start from.

@@ -11,7 +11,7 @@ from statsmerge_ext.methods.matrices import map_matrices, orthogonalised
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("tsv_m")
+@register_method("tsv_m", by_layer=True)
 def tsv_m(problem: MergeProblem, *, scaling_factor: float = 1.0) -> Solution:
     """θ = θ_0 + λ U' S V'ᵀ for each weight matrix: the r / K leading singular triplets of every τ_k side by side, with
     all left singular vectors, and all right ones, replaced by the nearest orthonormal ones, so that tasks do not

@@ -13,7 +13,7 @@ from statsmerge_ext.methods.matrices import map_matrices
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("wudi")
+@register_method("wudi", by_layer=True)
 def wudi(problem: MergeProblem, *, scaling_factor: float = 1.0, ridge: float = 1e-6) -> Solution:
     """θ = θ_0 + λ T with, for each weight matrix, the T of least norm in min Σ_k ‖(T − τ_k) τ_kᵀ‖² / ‖τ_k‖².
 

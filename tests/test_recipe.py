@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def test_smallest_recipe():
     assert recipe.hyperparameters == {}
     assert recipe.out_dtype is recipe.calibration is None
     assert not recipe.needs_data
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipe.md"])
+def test_recipes_of_the_documentation_are_accepted(page):
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert examples and all(parse_recipe(example).experts for example in examples)
 
 
 def test_paths_are_relative_to_the_file(tmp_path):

@@ -9,9 +9,10 @@ from torch import nn
 
 from statsmerge_ext import LayerRule, merge
 from statsmerge_ext.engine import merging
-from statsmerge_ext.engine.merging import solve
+from statsmerge_ext.engine.merging import default_forward, solve
 from statsmerge_ext.engine.problem import MergeProblem
 from statsmerge_ext.errors import CheckpointError, MethodError
+from statsmerge_ext.evidence import collect_grams
 from statsmerge_ext.layers import find_layers, layers_of_state
 from statsmerge_ext.methods import Method, by_rules, get_method
 from statsmerge_ext.methods.weights import Schedule
@@ -115,6 +116,18 @@ def test_layers_that_share_a_gram_matrix_may_go_different_ways(base, monkeypatch
     calibration = {name: [x] for name, x in SAMPLES.items()}
     solved = solve(by_rules("lot", rules), base=base, experts=make_experts(base), calibration=calibration)
     assert solved.problem.evidence.grams == {} and solved.problem.evidence.products == {}
+
+
+def test_evidence_that_was_collected_before_is_left_as_it_is(base):
+    experts = {name: expert.state_dict() for name, expert in make_experts(base).items()}
+    calibration = {name: [x] for name, x in SAMPLES.items()}
+    layers = find_layers(base)
+    evidence = collect_grams(base, layers, base.state_dict(), experts, calibration, forward=default_forward)
+    options = {"base": base, "experts": experts, "layers": [LayerRule("right", "regmean"), LayerRule("norm", "keep")]}
+    expected = merge("lot", calibration=calibration, **options).state
+    for _ in range(2):
+        state = merge("lot", evidence=evidence, **options).state
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def test_a_tied_parameter_is_found_by_any_of_its_names():

@@ -235,15 +235,16 @@ def solve(
         )
     elif evidence is not None:
         evidence.check_models(base_state, states)
-    if evidence is not None:
-        problem.evidence = evidence.shallow_copy()
+    seen = evidence.seen if "grams" in chosen.needs else None
+    problem.evidence = evidence and evidence.shallow_copy()
+    del evidence  # what has been solved would stay in memory otherwise
     collected = time.perf_counter()
 
     if journal is not None and "batches" in chosen.needs:
         problem.journal = Journal(journal, _identity(problem, chosen, hyperparameters))
     solution = chosen(problem, **hyperparameters)
     facts = facts_for_report(chosen, hyperparameters, layers, list(states), buffers, seed)
-    facts["layers"] = layer_report(layers, watched, evidence.seen if "grams" in chosen.needs else None)
+    facts["layers"] = layer_report(layers, watched, seen)
     return Solved(problem, solution, facts, start, collected)
 
 

@@ -48,7 +48,7 @@ GRIDS: dict[str, dict[str, list]] = {
     "swudi": {"scaling_factor": [0.2, 0.5, 1.0, 1.5, 2.0]},
     "ace": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
     "regmean": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
-    "esm": {"scaling_factor": [0.5, 1.0, 1.5, 2.0, 3.0]},
+    "esm": {"scaling_factor": [0.5, 1.0, 2.0, 3.0, 5.0]},
     "stats_merging/task": {"granularity": ["task"], **STATS_MERGING},
     "adamerging": {"lr": [1e-2, 3e-2]},
     "adamerging/plusplus": {"density": [0.2], "lr": [1e-2, 3e-2]},

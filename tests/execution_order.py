@@ -15,7 +15,7 @@ from torch import nn
 from statsmerge_ext import merge
 from tests.closed_forms import grouped_patches
 
-OPTIONS = {"scaling_factor": 1.15, "ridge": 2e-3, "drift_ridge": 4e-2}
+OPTIONS = {"scaling_factor": 1.15, "ridge": 0.4, "drift_ridge": 0.9}
 
 
 def compensate(base, experts, data, **options):
@@ -50,7 +50,7 @@ class ResidualBlock(nn.Module):
         return x + self.norm2(self.project(y))
 
 
-def reference(base, experts, data, order, norms={}, skips={}, scaling_factor=1.15, ridge=2e-3, drift_ridge=4e-2):
+def reference(base, experts, data, order, norms={}, skips={}, scaling_factor=1.15, ridge=0.4, drift_ridge=0.9):
     base, experts = base.double().eval(), {name: e.double().eval() for name, e in experts.items()}
     merged = copy.deepcopy(base)
     with torch.no_grad():
@@ -94,11 +94,14 @@ def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge
     for x, channels in parts:
         first = start.weight[channels].flatten(1) if not is_scale else start.weight[channels].reshape(1, 1)
         x, y, z = torch.cat(x), torch.cat(targets)[:, channels], torch.cat(linear)[:, channels]
-        size = (20 * x.shape[1] / len(x)) ** 0.5
-        total = sum(expert.get_submodule(path).weight - start.weight for expert in experts.values())
-        held = first + 0.2 * total[channels].reshape(first.shape)
-        anchor = least_squares(x, z, held, size * ridge, shifted)
-        fitted = least_squares(x, y, anchor, size * drift_ridge, shifted)
+        held = first.clone()
+        for expert in experts.values():
+            own = expert.get_submodule(path).weight[channels].reshape(first.shape)
+            if norm:  # its factors are a part of what the expert's layer is
+                own = own * (factors(expert, norm) / factors(merged, norm))[channels].unsqueeze(1)
+            held += 3 * (own - first)
+        anchor = least_squares(x, z, held, ridge, shifted)
+        fitted = least_squares(x, y, anchor, drift_ridge, shifted)
         if not is_scale:
             fitted = first + scaling_factor * (fitted - first)
         if norm:
@@ -113,6 +116,12 @@ def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge
         after.bias += (
             after.weight * (shifts - (0 if module.bias is None else shifts)) / (after.running_var + after.eps).sqrt()
         )
+
+
+def factors(model, path):
+    """What the BatchNorm at ``path`` multiplies its inputs by."""
+    norm = model.get_submodule(path)
+    return norm.weight / (norm.running_var + norm.eps).sqrt()
 
 
 def gain(x, y, ridge):

@@ -25,13 +25,13 @@ _ROWS_AN_INPUT = 20
 def drift_compensation(
     problem: MergeProblem,
     *,
-    scaling_factor: float = 1.5,
-    ridge: float = 3e-3,
-    drift_ridge: float = 0.1,
-    ridge_by: str = "rows",
+    scaling_factor: float = 1.3,
+    ridge: float = 1.0,
+    drift_ridge: float = 1.0,
+    ridge_by: str = "eigenvalue",
     filter: str = "ridge",
     anchor: str = "sum",
-    anchor_scale: float = 0.2,
+    anchor_scale: float = 3.0,
     weighting: str = "equal",
     feature_mix: float = 0.0,
 ) -> Solution:
@@ -39,10 +39,11 @@ def drift_compensation(
     X̃_k nearest to the experts' outputs: min Σ_k ‖X̃_k W*ᵀ − X_k W_kᵀ‖².
 
     It is solved in two steps that share C = Σ X̃_kᵀ X̃_k, since the targets have two parts. What W_k makes of X̃_k is an
-    exact linear function of it and takes a small ridge: A = (Σ W_k X̃_kᵀ X̃_k + r A_0)(C + r I)⁻¹. What is left, above
-    all the drift X_k − X̃_k from layers before, is mostly none and would be fitted by chance with few samples. It takes
-    a larger ridge, which holds on to A: W* = A + (Σ W_k X_kᵀ X̃_k − A C)(C + r' I)⁻¹. docs/drift_compensation.md derives
-    all this, says what becomes of biases, norms and residual connections, and has what each choice gave.
+    exact linear function of it: A = (Σ W_k X̃_kᵀ X̃_k + r A_0)(C + r I)⁻¹, where the anchor A_0 decides about directions
+    that the samples show little of. What is left, above all the drift X_k − X̃_k from layers before, is mostly no such
+    function and would be fitted by chance with few samples. Its ridge holds on to A:
+    W* = A + (Σ W_k X_kᵀ X̃_k − A C)(C + r' I)⁻¹. docs/drift_compensation.md derives all this, says what becomes of
+    biases, norms and residual connections, and has what each choice gave.
 
     Args:
         scaling_factor: λ of linear layers and convolutions. Their mean outputs, where there is a shift, do not depend

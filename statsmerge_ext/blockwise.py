@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,35 +14,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from statsmerge_ext.calibration import Batch
-from statsmerge_ext.checkpoints import Checkpoint, check_compatible
+from statsmerge_ext.checkpoints import Checkpoint, check_compatible, open_checkpoint
 from statsmerge_ext.checkpoints.compatibility import Renamed, dtype_of, floating_names, shape_of
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.skeleton import FileNames, build_skeleton
 from statsmerge_ext.engine import processes
-from statsmerge_ext.engine.block_evidence import BlockSweep
+from statsmerge_ext.engine.block_evidence import GramSweep
+from statsmerge_ext.engine.block_order import OrderedSweep, rehearse_flows
+from statsmerge_ext.engine.block_sweep import BlockSweep, InMemory
 from statsmerge_ext.engine.blocks import Block, BlockModel
 from statsmerge_ext.engine.buffers import merge_buffers
-from statsmerge_ext.engine.carried import CarriedStates
 from statsmerge_ext.engine.merging import default_forward
 from statsmerge_ext.engine.problem import MergedLayers, MergeProblem
 from statsmerge_ext.engine.report import facts_for_report, layer_report
 from statsmerge_ext.engine.shared_evidence import shared_batches
 from statsmerge_ext.engine.streaming import DEFAULT_BUDGET
 from statsmerge_ext.engine.together import samples
-from statsmerge_ext.evidence import GramEvidence
-from statsmerge_ext.layers import Layer
 from statsmerge_ext.methods import Method
 from statsmerge_ext.output import ResumableOutput, resumable_output
 
-# Elements of a table without Gram matrix that are merged at a time, so that a long one is never in memory whole.
-_ELEMENTS = 2**22
-
 
 class BlockMerge:
-    """A merge by a method that looks at one layer at a time, of checkpoints that transformers can load.
+    """A merge of checkpoints that transformers can load, by a method that goes by layers or in execution order.
 
     Args:
-        method: one that is ``by_layer`` and needs Gram matrices.
+        method: one that is ``by_layer`` and needs Gram matrices, or ``in_order``.
         base, experts: checkpoints.
         batches: expert -> unlabelled batches.
         device: where the model runs.
@@ -88,7 +83,11 @@ class BlockMerge:
         self._sources = {name: f"expert {name!r} ({expert.path})" for name, expert in experts.items()}
         self._base_source = f"base ({base.path})"
         self._model = BlockModel(skeleton, device, default_forward)
-        self._calls = self._model.rehearse(next(iter(batches.values()))[0])
+        first = next(iter(batches.values()))[0]
+        if method.in_order:
+            self._calls, self._flows = rehearse_flows(self._model, first)
+        else:
+            self._calls = self._model.rehearse(first)
         self._seen: set[str] = set()
         self._notes: dict[str, dict] = {}
         self._seconds = {"evidence": 0.0, "merge": 0.0}
@@ -100,48 +99,59 @@ class BlockMerge:
     @property
     def report(self) -> dict:
         """As in :class:`~statsmerge_ext.engine.merging.MergeResult`."""
-        layers = layer_report(self._model.layers, self._watched, self._seen)
-        return {**self.facts, "layers": layers, "seconds": dict(self._seconds), **self._notes}
+        notes = self._notes
+        if self._method.in_order:
+            never = [x.name for x in self._model.layers if x.source and x.name not in self._seen]
+            notes = {**notes, "never_called": never}
+        layers = layer_report(self._model.layers, self._watched, None if self._method.in_order else self._seen)
+        return {**self.facts, "layers": layers, "seconds": dict(self._seconds), **notes}
 
     def write(self, output: ResumableOutput, *, progress: bool) -> None:
         """Write all tensors of the output; blocks that an earlier run has written are only gone through.
 
-        Every process of a group calls this alike and runs its share of the samples; the first one solves and writes.
+        Every process of a group calls this alike and runs its share of the samples. Those that merge in execution order
+        all need the solution; otherwise the first one alone solves, and always it writes.
 
-        Raises as :class:`BlockSweep`, and what the method raises.
+        Raises as :meth:`BlockSweep.problems`, and what the method raises.
         """
         done: list[str] = []
+        changed = False
         for saved in output.saved:
-            done = saved["done"]
+            done, changed = saved["done"], saved["changed"]
             self._seen, self._notes = set(saved["seen"]), saved["notes"]
         leader = processes.rank() == 0
         for name, tensor in self._beside_parameters().items() if leader else ():
             output.write(name, output.converted(name, tensor))
-        carried = CarriedStates(output.scratch / f"states.{processes.rank()}", self._budget, self._model.tensors)
-        mine = shared_batches(self._batches)
-        models = self._base, self._experts, self._sources
-        sweep = BlockSweep(self._model, self._calls, *models, mine, carried, self._watched)
+        processes.wait_for_all()
+        scratch = output.scratch / f"states.{processes.rank()}"
+        sweep = self._sweep(self._experts, shared_batches(self._batches), scratch, output)
+        sweep.changed = changed
         total = len(self._model.blocks) + 1
         clock = time.perf_counter()
         with (
-            closing(sweep.evidence(without=done)) as evidence,
+            closing(sweep.problems(without=done)) as problems,
             tqdm(desc="Merging", unit="block", total=total, disable=not (progress and leader)) as bar,
         ):
-            for block, of_block in evidence:
+            for block, problem in problems:
                 collected = time.perf_counter()
-                if leader and block.path not in done:
-                    self._write_block(block, of_block, self._experts, output)
+                if problem is not None and (leader or self._method.in_order):
+                    self._merge_block(block, problem, output if leader else None)
                     done = [*done, block.path]
-                    output.save_if_due({"done": done, "seen": sorted(self._seen), "notes": self._notes})
-                del of_block
+                    if leader:
+                        saved = {"seen": sorted(self._seen), "notes": self._notes, "changed": sweep.changed}
+                        output.save_if_due({"done": done, **saved})
+                del problem
+                if self._method.in_order:
+                    processes.wait_for_all()  # for what is written, which others may read
                 self._seconds["evidence"] += collected - clock
                 clock = time.perf_counter()
                 self._seconds["merge"] += clock - collected
                 bar.update()
 
     def estimate(self, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
-        """What the merge will need, from merging one block of each kind for two experts beside ``out``, or for all of
-        them if there are rules.
+        """What the merge will need, from merging one block of each kind for two experts beside ``out``; for all of
+        them in execution order, where the weights of all are in memory at once, or if there are rules, whose methods
+        may have a weight for each.
 
         The other blocks are not computed.
 
@@ -156,38 +166,43 @@ class BlockMerge:
         blocks = (*self._model.blocks, self._model.resident)
         first: dict[tuple, str] = {}
         like = {block.path: first.setdefault(self._kind(block), block.path) for block in blocks}
-        # Methods of rules may have a weight for each expert.
-        experts = self._experts if "rules" in self.facts else dict(list(self._experts.items())[:2])
+        need_all = self._method.in_order or "rules" in self.facts
+        experts = dict(list(self._experts.items())[: None if need_all else 2])
         sample = {name: self._batches[name][:1] for name in experts}
         measured = [block for block in blocks if like[block.path] == block.path]
         names = {name for block in measured for layer in block.layers for name in self._files.sources(layer.parameter)}
         solving: dict[str, float] = {}
         parent = next(parent for parent in out.absolute().parents if parent.exists())
         with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
-            carried = CarriedStates(Path(directory), self._budget, self._model.tensors)
-            models = self._base, experts, self._sources
-            sweep = BlockSweep(self._model, self._calls, *models, sample, carried, self._watched)
+            beside = self._beside_parameters()
             file = resumable_output(
                 Path(directory) / "sample.safetensors",
-                {name: infos[name] for name in names},
+                {name: infos[name] for name in (*names, *beside)},
                 {},
                 resume=False,
                 shard_bytes=None,
             )
             others = {path: first for path, first in like.items() if path != first}
-            with file as output, closing(sweep.evidence(instead=others)) as evidence:
-                for block, of_block in evidence:
-                    began = time.perf_counter()
-                    if block.path not in others:
-                        self._write_block(block, of_block, experts, output)
-                    solving[block.path] = time.perf_counter() - began
+            with file as output:
+                for name, tensor in beside.items():
+                    output.write(name, output.converted(name, tensor))
+                sweep = self._sweep(experts, sample, Path(directory), output)
+                with closing(sweep.problems(instead=others)) as problems:
+                    for block, problem in problems:
+                        began, before = time.perf_counter(), _seconds(sweep, block.path)
+                        if problem is not None:
+                            self._merge_block(block, problem, output)
+                        del problem
+                        solving[block.path] = time.perf_counter() - began
+                        solving[block.path] -= _seconds(sweep, block.path)["samples"] - before["samples"]
         per_sample = _samples(self._batches) / _samples(sample)
         per_expert = len(self._experts) / len(experts)
 
         def seconds(path: str) -> float:
-            spent = sweep.seconds.get(path, {"experts": 0.0, "samples": 0.0})
+            spent = _seconds(sweep, path)
             return per_expert * spent["experts"] + per_sample * spent["samples"] + solving[path]
 
+        most = sweep.carried.most
         states = self._stored.values()
         return {
             "bytes_read": sum(
@@ -197,7 +212,7 @@ class BlockMerge:
             ),
             "seconds": sum(seconds(like[block.path]) for block in blocks),
             "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            + int(min(self._budget, per_sample * carried.most) - min(self._budget, carried.most)),
+            + int(min(self._budget, per_sample * most) - min(self._budget, most)),
         }
 
     def _kind(self, block: Block) -> tuple:
@@ -207,21 +222,42 @@ class BlockMerge:
         kinds = [(layer.kind, layer.source, layer in watched) for layer in block.layers]
         return tuple(shapes), tuple(kinds), block in self._calls
 
-    def _write_block(
-        self, block: Block, evidence: GramEvidence, experts: Mapping[str, Mapping[str, Tensor]], output: ResumableOutput
-    ) -> None:
+    def _sweep(
+        self,
+        experts: Mapping[str, Mapping[str, Tensor]],
+        batches: Mapping[str, list[Batch]],
+        scratch: Path,
+        output: ResumableOutput,
+    ) -> BlockSweep:
         problem = MergeProblem(
-            layers=list(_in_rows(block.layers, evidence, self._base)),
+            layers=self._model.layers,
             base=self._base,
             experts=experts,
-            evidence=evidence,
+            batches=batches,
             base_source=self._base_source,
             sources=self._sources,
             seed=self._seed,
-            model_layers=self._model.layers,
         )
-        self._seen |= evidence.seen.intersection(layer.name for layer in block.layers)
+        if not self._method.in_order:
+            return GramSweep(self._model, self._calls, problem, scratch, self._budget, watched=self._watched)
+
+        def rounded(key: str, merged: Tensor) -> Tensor:
+            return output.converted(self._files.sources(key)[0], merged).to(merged.dtype)
+
+        written = InMemory(self._files.state(open_checkpoint(output.path)))
+        options = {"flows": self._flows, "written": written, "rounded": rounded}
+        return OrderedSweep(self._model, self._calls, problem, scratch, self._budget, **options)
+
+    def _merge_block(self, block: Block, problem: MergeProblem, output: ResumableOutput | None) -> None:
+        """Solve a block, and write it to ``output``, if any."""
         solution = self._method(problem, **self._hyperparameters)
+        names = {layer.name for layer in block.layers if layer.source}
+        if self._method.in_order:
+            self._seen |= names.difference(solution.notes.pop("never_called"))
+        else:
+            self._seen |= names & problem.evidence.seen
+        if output is None:
+            return
         put_together: dict[str, Tensor] = {}
         for key, first, merged in _merged(solution.parameters, problem):
             if self._files.is_direct(key):
@@ -284,23 +320,9 @@ def _merged(parameters: Mapping[str, Tensor], problem: MergeProblem) -> Iterator
             yield piece.layer.parameter, piece.start(problem.base), merged
 
 
+def _seconds(sweep: BlockSweep, path: str) -> dict[str, float]:
+    return dict(sweep.seconds.get(path, {"experts": 0.0, "samples": 0.0}))
+
+
 def _samples(batches: Mapping[str, list[Batch]]) -> int:
     return sum(samples(batch) for of_expert in batches.values() for batch in of_expert)
-
-
-def _in_rows(layers: Sequence[Layer], evidence: GramEvidence, base: Mapping[str, Tensor]) -> Iterator[Layer]:
-    """``layers``, tables without Gram matrix cut into parts of a few rows; their ``evidence`` is cut with them."""
-    for layer in layers:
-        shape = shape_of(base, layer.parameter)
-        rows = layer.rows or (0, shape[0] if shape else 1)
-        step = max(1, _ELEMENTS // max(1, shape[1:].numel()))
-        if layer.kind in ("linear", "conv") or rows[1] - rows[0] <= step:
-            yield layer
-            continue
-        weights = evidence.weights.get(layer.name)
-        for first in range(*rows, step):
-            last = min(first + step, rows[1])
-            part = replace(layer, name=f"{layer.name}[{first}:{last}]", rows=(first, last))
-            if weights is not None:
-                evidence.weights[part.name] = weights[:, first - rows[0] : last - rows[0]]
-            yield part

@@ -28,7 +28,7 @@ _KEPT_BLOCK_BY_BLOCK = 2**23
 def merge(options: argparse.Namespace) -> None:
     loading = time.process_time()  # what every command takes before it begins
     recipe = load_recipe(options.recipe)
-    if recipe.chosen.by_layer and recipe.needs_data:
+    if recipe.chosen.by_block and recipe.needs_data:
         keep_freed_memory(_KEPT_BLOCK_BY_BLOCK)
     with processes.joined():
         quiet = options.quiet or processes.rank() > 0

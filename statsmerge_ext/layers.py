@@ -58,6 +58,18 @@ class Layer:
         """This layer's view of its whole ``parameter``."""
         return parameter if self.rows is None else parameter[self.rows[0] : self.rows[1]]
 
+    def in_rows(self, shape: torch.Size, elements: int) -> Iterator[Layer]:
+        """This layer, of that ``shape``, in parts of a few rows with at most so many elements, or one row each; as it
+        is, if it is as small."""
+        first = 0 if self.rows is None else self.rows[0]
+        step = max(1, elements // max(1, shape[1:].numel()))
+        if not shape or shape[0] <= step:
+            yield self
+            return
+        for start in range(first, first + shape[0], step):
+            stop = min(start + step, first + shape[0])
+            yield replace(self, name=f"{self.name}[{start}:{stop}]", rows=(start, stop))
+
     def matrices(self, part: Tensor) -> Tensor:
         """``part`` (what :meth:`part` gives) as matrices [groups, out / groups, in]."""
         if self.transposed:

@@ -28,17 +28,18 @@ class ResumableOutput:
         saved: what the processes of an earlier run have noted last, a state each.
         scratch: a directory for what is needed only until the output is there.
         names: the tensors in the order of their bytes.
+        path: of the file or directory as it is built.
     """
 
     def __init__(
         self,
         files: WeightFile | ShardedWeights,
         infos: Mapping[str, TensorInfo],
-        scratch: Path,
+        path: Path,
         saved: list[dict],
         saver: _Saver,
     ) -> None:
-        self.saved, self.scratch, self.names = saved, scratch, files.names
+        self.saved, self.scratch, self.path, self.names = saved, path.parent, path, files.names
         self._files, self._infos, self._saver = files, infos, saver
 
     def converted(self, name: str, tensor: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def resumable_output(
         with closing(files(reopen=True)) as opened:
             journal = _journal(partial, f"journal.{processes.rank()}", identity)
             with _Saver(journal, opened.sync, partial.keep) as saver:
-                yield ResumableOutput(opened, infos, partial.path, saved, saver)
+                yield ResumableOutput(opened, infos, partial.result, saved, saver)
             opened.sync()
         processes.wait_for_all()
         partial.publish()

@@ -165,7 +165,7 @@ def _block_merge(
 ) -> tuple[BlockMerge | None, str | None]:
     """The merge block by block, where method and model allow it; or why the model does not."""
     recipe, method = inputs.recipe, inputs.recipe.chosen
-    if not method.by_layer or not recipe.needs_data or recipe.buffers != "average" or inputs.base.config is None:
+    if not method.by_block or not recipe.needs_data or recipe.buffers != "average" or inputs.base.config is None:
         return None, None
     of_merge = {"hyperparameters": recipe.hyperparameters, "seed": options["seed"]}
     of_merge["memory_budget"] = options["memory_budget"]

@@ -145,21 +145,31 @@ def death(models: Path) -> dict:
     }
 
 
-def with_samples(models: Path, method: str, out: str) -> Callable[[], object]:
-    """A merge that looks at samples: three batches of expert "a" and two of "b"."""
+def with_samples(models: Path, method: str, out: str, **parameters) -> Callable[[], object]:
+    """A merge that looks at samples, in batches of 20."""
     data = {name: f"{name}.safetensors" for name in ("a", "b")}
-    recipe = write_recipe(models, method, calibration={"data": data, "batch_size": 20})
+    recipe = write_recipe(models, method, calibration={"data": data, "batch_size": 20}, parameters=parameters)
     transformers.utils.logging.disable_progress_bar()
     return lambda: run_merge(recipe, models / out, progress=False)["method"]
 
 
 def samples(models: Path) -> dict:
     """How far what two processes make of their shares is from what one makes of all samples."""
+    return shares(models, ("lot", "blocks"), ("regmean", "blocks"), ("lot", "memory.pt"))
+
+
+def samples_in_order(models: Path) -> dict:
+    """The same of a merge in execution order, with ridges that hardly amplify the rounding of sums."""
+    cases = ("drift_compensation", "blocks"), ("drift_compensation", "memory.pt")
+    return shares(models, *cases, ridge=0.1, drift_ridge=1.0)
+
+
+def shares(models: Path, *cases: tuple[str, str], **parameters) -> dict:
     facts = {}
-    for method, out in (("lot", "blocks"), ("regmean", "blocks"), ("lot", "memory.pt")):
+    for method, out in cases:
         name = f"{method}-{out}"
-        results = in_two_processes(with_samples(models, method, f"two-{name}"))
-        with_samples(models, method, f"one-{name}")()
+        results = in_two_processes(with_samples(models, method, f"two-{name}", **parameters))
+        with_samples(models, method, f"one-{name}", **parameters)()
         two, one = (open_checkpoint(models / f"{count}-{name}") for count in ("two", "one"))
         apart = max(float((two[key] - one[key]).abs().max() / one[key].abs().max()) for key in one if one[key].any())
         facts[name] = [[status for status, _ in results], apart]
@@ -171,7 +181,7 @@ def death_amid_blocks(models: Path) -> dict:
 
     def dying() -> object:
         if dist.get_rank() == 1:
-            go_on, left = block_evidence.BlockSweep._go_on, [5]
+            go_on, left = block_evidence.GramSweep._go_on, [5]
 
             def die(self, *arguments, **options):
                 left[0] -= 1
@@ -179,7 +189,7 @@ def death_amid_blocks(models: Path) -> dict:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return go_on(self, *arguments, **options)
 
-            block_evidence.BlockSweep._go_on = die
+            block_evidence.GramSweep._go_on = die
         else:
             save = output._Saver.save_if_due
             output._Saver.save_if_due = lambda self, state: (save(self, state), self._running.result())
@@ -188,8 +198,8 @@ def death_amid_blocks(models: Path) -> dict:
     results = in_two_processes(dying)
     journals = sorted(path.name for path in (models / "out.partial").glob("journal.*"))
     written = []
-    write = blockwise.BlockMerge._write_block
-    blockwise.BlockMerge._write_block = lambda *a: (written.append(a[1].path), write(*a)) and None
+    write = blockwise.BlockMerge._merge_block
+    blockwise.BlockMerge._merge_block = lambda *a: (written.append(a[1].path), write(*a)) and None
     with_samples(models, "lot", "out")()
     return {"results": results, "journals": journals, "written": written}
 
@@ -227,5 +237,5 @@ if __name__ == "__main__":
     output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     torch.set_num_threads(1)  # a process that has computed with several must not be forked
-    scenarios = (same, dry_run, death, samples, death_amid_blocks, states)
+    scenarios = (same, dry_run, death, samples, samples_in_order, death_amid_blocks, states)
     print(json.dumps({each.__name__: each for each in scenarios}[sys.argv[1]](Path(sys.argv[2]))))

@@ -19,7 +19,7 @@ from statsmerge_ext.calibration import read_samples
 from statsmerge_ext.checkpoints import open_checkpoint
 from statsmerge_ext.checkpoints.architecture import build_model
 from statsmerge_ext.checkpoints.skeleton import build_skeleton
-from statsmerge_ext.engine import carried
+from statsmerge_ext.engine import block_evidence, carried
 from statsmerge_ext.engine.blocks import BlockModel
 from statsmerge_ext.engine.merging import default_forward
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
@@ -110,7 +110,7 @@ RULES = [
 def test_layers_that_go_by_methods_of_their_own(tmp_path, monkeypatch):
     """The output projection is tied to the embedding, and what reads one input goes different ways."""
     models = save_family(tmp_path, "qwen2")
-    monkeypatch.setattr(blockwise, "_ELEMENTS", 40)
+    monkeypatch.setattr(block_evidence, "_ELEMENTS", 40)
     assert merge(models, layers=RULES, dry_run=True)["plan"].keys() >= {"seconds", "memory"}
     report = merge(models, layers=RULES)
     rules = [LayerRule(r["filter"], r.get("merge_method"), r.get("parameters", {})) for r in RULES]
@@ -142,7 +142,7 @@ def test_half_precision_shards_and_dtypes(tmp_path):
 
 def test_long_tables_are_merged_a_few_rows_at_a_time(tmp_path, monkeypatch):
     models = save_family(tmp_path, "bert")
-    monkeypatch.setattr(blockwise, "_ELEMENTS", 40)
+    monkeypatch.setattr(block_evidence, "_ELEMENTS", 40)
     merge(models)
     assert_same(loaded(models / "out"), in_memory(models).state)
 
@@ -271,9 +271,9 @@ def test_a_dry_run_merges_one_block_of_each_kind(tmp_path, monkeypatch):
     """Embeddings and head have the same shape and are no less two kinds; blocks of a known kind are not computed."""
     models = save_family(tmp_path, "llama")
     written, calls = [], []
-    write, forward = blockwise.BlockMerge._write_block, transformers.models.llama.modeling_llama.LlamaMLP.forward
+    write, forward = blockwise.BlockMerge._merge_block, transformers.models.llama.modeling_llama.LlamaMLP.forward
     monkeypatch.setattr(
-        blockwise.BlockMerge, "_write_block", lambda *a: (written.append(a[1].path), write(*a)) and None
+        blockwise.BlockMerge, "_merge_block", lambda *a: (written.append(a[1].path), write(*a)) and None
     )
     monkeypatch.setattr(
         transformers.models.llama.modeling_llama.LlamaMLP, "forward", lambda *a: (calls.append(1), forward(*a))[1]
@@ -310,9 +310,9 @@ def test_an_interrupted_merge_goes_on_at_its_block(tmp_path, monkeypatch, blocks
             merge(models)
     assert not (models / "out").exists()
     written = []
-    write = blockwise.BlockMerge._write_block
+    write = blockwise.BlockMerge._merge_block
     monkeypatch.setattr(
-        blockwise.BlockMerge, "_write_block", lambda *a: (written.append(a[1].path), write(*a)) and None
+        blockwise.BlockMerge, "_merge_block", lambda *a: (written.append(a[1].path), write(*a)) and None
     )
     report = merge(models)
     assert len(written) == 7 - blocks  # embeddings, three blocks, norm, head, and what belongs to none

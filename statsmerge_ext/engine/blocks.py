@@ -6,6 +6,7 @@ lists are called; what lies beside a list (embeddings, the last norm, the head) 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,11 @@ from torch import Tensor, nn
 
 from statsmerge_ext.calibration import Batch
 from statsmerge_ext.engine.lockstep import GivenUp, Pass, sharing_copy
+from statsmerge_ext.engine.together import one_sample
 from statsmerge_ext.layers import Layer, find_layers
+
+#: ``watch(module tree, suspend)``: a context of a pass.
+Watch = Callable[[nn.Module, Callable[[object], None]], AbstractContextManager]
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
@@ -62,15 +67,28 @@ class BlockModel:
         self.shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         *self.blocks, self.resident = _find_blocks(model, self.layers)
         self._model, self._forward = _with_empty_parameters(model).to(device), forward
-        self._slots = {
-            **dict(model.named_parameters()),
-            **{key: buffer for key, buffer in model.named_buffers() if key in self.shapes},
-        }
+        self._slots = self._entries()
+
+    def another(self) -> BlockModel:
+        """The same model for other weights."""
+        other = copy.copy(self)
+        other._model = copy.deepcopy(self._model)
+        other._slots = other._entries()
+        return other
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """All parameters, full or empty, and buffers."""
-        return [*self._model.parameters(), *self._model.buffers()]
+    def modules(self) -> nn.Module:
+        """The module tree; parameters are there while they are loaded."""
+        return self._model
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All buffers, also those that are not in the state dict."""
+        return list(self._model.buffers())
+
+    def _entries(self) -> dict[str, Tensor]:
+        buffers = {key: buffer for key, buffer in self._model.named_buffers() if key in self.shapes}
+        return {**dict(self._model.named_parameters()), **buffers}
 
     @contextmanager
     def loaded(self, entries: Iterable[tuple[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
@@ -92,13 +110,14 @@ class BlockModel:
     def run(
         self,
         batch: Batch,
-        watch: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+        watch: Watch | None = None,
         end: Block | None = None,
         instead: Mapping[str, str] | None = None,
     ) -> Pass:
         """A forward pass that is suspended wherever it is about to call a block, at (block, arguments).
 
-        ``watch(module tree)`` is a further context of it, whose hooks come after the suspension. What the block ``end``
+        ``watch(module tree, suspend)`` is a further context of it, whose hooks come after the suspension and may call
+        ``suspend(place)`` to stop elsewhere, too. What the block ``end``
         makes of its input is not computed: the pass ends there. Blocks whose paths are in ``instead`` are not computed,
         either: they give what the block of the path there has given before, if it has.
         """
@@ -124,8 +143,10 @@ class BlockModel:
 
             def recorded(block: Block, forward: Callable[..., object], *args, **kwargs) -> object:
                 known = instead.get(block.path)
-                outputs[block.path] = outputs[known] if known in outputs else forward(*args, **kwargs)
-                return outputs[block.path]
+                output = outputs[known] if known in outputs else forward(*args, **kwargs)
+                if block.path in instead.values():
+                    outputs[block.path] = output
+                return output
 
             for block in self.blocks if instead else ():
                 module = model.get_submodule(block.path)
@@ -135,21 +156,21 @@ class BlockModel:
                 if depth[end] == 1:
                     raise GivenUp
 
-            with watch(model):
+            with watch(model, suspend) if watch else nullcontext():
                 if end is not None:
                     model.get_submodule(end.path).register_forward_pre_hook(stop)
                 yield
 
         return Pass(sharing_copy(self._model), suspending, self._forward, batch)
 
-    def rehearse(self, batch: Batch) -> list[Block]:
-        """The blocks in the order in which the model calls them, found by one sample of ``batch`` and weights of zero.
+    def rehearse(self, batch: Batch, watch: Watch | None = None) -> list[Block]:
+        """The blocks in the order in which the model calls them, found by one sample of ``batch`` and weights of zero;
+        ``watch`` as of :meth:`run`.
 
         Raises whatever the model raises, one that uses the weights of a block outside of its call for example.
         """
-        one = batch[:1] if isinstance(batch, Tensor) else {key: tensor[:1] for key, tensor in batch.items()}
         calls: list[Block] = []
-        running = self.run(one)
+        running = self.run(one_sample(batch), watch)
         try:
             block = self.resident
             while block:

@@ -1,30 +1,33 @@
 """What suspended forward passes carry from block to block: in memory up to a budget, and beyond it in files.
 
-A pass is suspended amid the model's own code, whose variables hold the hidden states. They cannot be taken away
+A pass is suspended amid the model's own code, whose variables hold hidden states. They cannot be taken away
 from there, but the memory behind them can: it is given back after its bytes are written, and read again before
-the pass goes on.
+the pass goes on. Which tensors there are is known from watching torch's functions give them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 _SMALLEST = 2**12  # bytes that are worth a write
 
 
 class CarriedStates:
-    """The hidden states of suspended passes.
+    """What suspended passes hold: all tensors that they have made and not let go of.
 
     Args:
         directory: where files are made; it need not exist.
         budget: bytes that may stay in memory.
-        shared: tensors that are every pass's and no hidden state: the model's parameters and buffers.
+        shared: tensors that passes have in common: the model's buffers, and batches that several of them run.
 
     Attributes:
         most: bytes that all passes have had at once, in memory or in files.
@@ -32,30 +35,38 @@ class CarriedStates:
 
     def __init__(self, directory: Path, budget: int, shared: Iterable[Tensor]) -> None:
         self._directory, self._budget = directory, budget
-        self._shared = {id(tensor) for tensor in shared}
-        self._known: dict[Hashable, list[weakref.ref[Tensor]]] = {}
+        self._shared = Counter(_place(tensor) for tensor in shared)
+        self._made: dict[Hashable, list[weakref.ref[Tensor]]] = {}
         self._in_files: dict[Hashable, list[tuple[Tensor, int]]] = {}
         self._held: dict[Hashable, int] = {}
         self.most = 0
 
-    def suspend(self, key: Hashable, arguments: object, samples: int) -> None:
-        """The pass ``key`` has stopped where a module is called with ``arguments`` (nested tuples, lists, mappings).
+    def following(self, key: Hashable) -> Following:
+        """The context in which the pass ``key`` runs, in its own thread."""
+        return Following(self._made.setdefault(key, []))
 
-        Floating-point tensors [samples, …] among them, of this call and of earlier ones, are its hidden states.
-        """
-        known = [tensor for ref in self._known.get(key, ()) if (tensor := ref()) is not None]
-        places = {tensor.untyped_storage().data_ptr() for tensor in known}
-        for tensor in _tensors(arguments):
-            is_state = tensor.is_floating_point() and tensor.dim() > 1 and len(tensor) == samples
-            is_state &= id(tensor if tensor._base is None else tensor._base) not in self._shared
+    @contextmanager
+    def sharing(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """While the context is open, these tensors (weights) are shared, too."""
+        places = Counter(_place(tensor) for tensor in tensors)
+        self._shared += places
+        try:
+            yield
+        finally:
+            self._shared -= places
+
+    def suspend(self, key: Hashable) -> None:
+        """The pass ``key`` has stopped."""
+        alive = [tensor for ref in self._made[key] if (tensor := ref()) is not None]
+        self._made[key][:] = map(weakref.ref, alive)
+        known: dict[int, Tensor] = {}  # by the memory behind them
+        for tensor in alive:
             storage = tensor.untyped_storage()
-            if is_state and storage.nbytes() >= _SMALLEST and storage.data_ptr() not in places:
-                places.add(storage.data_ptr())
-                known.append(tensor)
-        self._known[key] = [weakref.ref(tensor) for tensor in known]
-        size = sum(tensor.untyped_storage().nbytes() for tensor in known)
+            if storage.nbytes() >= _SMALLEST and storage.resizable() and storage.data_ptr() not in self._shared:
+                known.setdefault(storage.data_ptr(), tensor)
+        size = sum(tensor.untyped_storage().nbytes() for tensor in known.values())
         if sum(self._held.values()) + size > self._budget:
-            self._in_files[key] = self._write(key, known)
+            self._in_files[key] = self._write(key, list(known.values()))
         else:
             self._held[key] = size
         in_files = sum(size for of_pass in self._in_files.values() for _, size in of_pass)
@@ -95,11 +106,30 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Following(TorchFunctionMode):
+    """Notes what torch's functions give to a pass."""
+
+    def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
+        super().__init__()
+        self._made = made
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context for what is done in the pass's thread and is not the pass's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self._paused:
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            self._made += [weakref.ref(x) for x in results if isinstance(x, Tensor) and x.layout == torch.strided]
+        return result

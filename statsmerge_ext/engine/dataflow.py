@@ -6,13 +6,16 @@ it, and a residual connection that its output is added to. Both are found from t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from statsmerge_ext.evidence.observe import Observation, observe
 from statsmerge_ext.layers import Layer
@@ -44,14 +47,26 @@ def trace_dataflow(
     model: nn.Module, layers: list[Layer], forward: Callable[[nn.Module, object], object], batch: object
 ) -> dict[str, Flow]:
     """The flow of every layer of ``model`` that is called when it runs on ``batch``, in the order of first calls."""
+    with torch.no_grad(), tracing(model, layers) as flows:
+        forward(model, batch)
+    return flows
+
+
+@contextmanager
+def tracing(model: nn.Module, layers: list[Layer]) -> Iterator[dict[str, Flow]]:
+    """The flow of every layer that ``model`` calls while the context is open, complete when it is closed.
+
+    It does not depend on the values of any tensors, so that weights may be zero.
+    """
     tracer = _Tracer(model)
     handles = [
-        model.get_submodule(path).register_forward_hook(tracer.after_forward, with_kwargs=True)
+        # Before other hooks: it may call the module again, which is then still in its call.
+        model.get_submodule(path).register_forward_hook(tracer.after_forward, with_kwargs=True, prepend=True)
         for path in {layer.module for layer in layers if layer.source and layer.kind != "conv"}
     ]
     try:
-        with torch.no_grad(), observe(model, layers, tracer.receive), tracer:
-            forward(model, batch)
+        with observe(model, layers, tracer.receive), tracer:
+            yield tracer.flows
     finally:
         for handle in handles:
             handle.remove()
@@ -60,7 +75,6 @@ def trace_dataflow(
             flow.norm = None  # called again, elsewhere perhaps
         if flow.norm is not None and flow.skip is None:
             flow.skip = tracer.flows[flow.norm.name].skip
-    return tracer.flows
 
 
 class _Tracer(TorchFunctionMode):
@@ -70,8 +84,9 @@ class _Tracer(TorchFunctionMode):
         super().__init__()
         self.flows: dict[str, Flow] = {}
         self._model = model
-        self._read: dict[int, tuple[Tensor, int, str]] = {}
-        self._written: dict[int, tuple[Tensor, int, Layer]] = {}
+        # Tensors are not kept alive: what nobody holds any more is not added to anything.
+        self._read: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._written: dict[int, tuple[weakref.ref[Tensor], int, Layer]] = {}
         self._called: Layer | None = None
         self._probing = False
 
@@ -87,7 +102,7 @@ class _Tracer(TorchFunctionMode):
         if source is not None and _is_frozen(module):
             self.flows[source.name].norm = self._called
         if self._of(self._read, x) is None:
-            self._read[id(x)] = (x, x._version, self._called.name)
+            self._read[id(x)] = (weakref.ref(x), x._version, self._called.name)
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self._probing or self._called is None:
@@ -97,12 +112,13 @@ class _Tracer(TorchFunctionMode):
         if layer.kind == "scale" and not isinstance(module, _NORMS_OF_TORCH):
             self._probing = True
             zeros = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
+            args, kwargs = tree_map(_ramp, (args, kwargs))
             self.flows[layer.name].offset = float(functional_call(module, zeros, args, kwargs).any())
             self._probing = False
 
     def _wrote(self, layer: Layer, output: object) -> None:
         if isinstance(output, Tensor):
-            self._written[id(output)] = (output, output._version, layer)
+            self._written[id(output)] = (weakref.ref(output), output._version, layer)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -127,7 +143,15 @@ class _Tracer(TorchFunctionMode):
     def _of(known: dict[int, tuple], tensor: Tensor):
         """What is known of ``tensor`` as it is now, or None."""
         entry = known.get(id(tensor))
-        return entry[2] if entry is not None and entry[1] == tensor._version else None
+        is_same = entry is not None and entry[0]() is tensor and entry[1] == tensor._version
+        return entry[2] if is_same else None
+
+
+def _ramp(value: object) -> object:
+    """Something that a norm makes no zeros of, in the place of a floating-point tensor."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape)
+    return value
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -12,12 +12,13 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from statsmerge_ext.engine import processes
 from statsmerge_ext.evidence.observe import Observation, observe
 from statsmerge_ext.layers import Layer
 
@@ -39,10 +40,7 @@ class Step:
 def lockstep(
     passes: Sequence[tuple[nn.Module, object]], layers: list[Layer], forward: Callable[[nn.Module, object], object]
 ) -> Iterator[Step]:
-    """Run all ``passes`` together and yield wherever they are about to call some of ``layers``.
-
-    Where the passes are at different layers, those of them go first that are at the earliest one in the order of
-    ``layers``.
+    """Run all ``passes`` together and yield wherever they are about to call some of ``layers``, as :func:`in_step`.
 
     Args:
         passes: pairs of a model and a batch for it. Where a model takes part in several passes, each gets a copy of its
@@ -52,26 +50,53 @@ def lockstep(
 
     Raises whatever a forward pass raises; all passes are then given up.
     """
-    places = {layer.name: place for place, layer in enumerate(layers)}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
     uses = Counter(id(model) for model, _ in passes)
 
     def watch(model: nn.Module, suspend: Callable[[Observation], None]) -> AbstractContextManager:
         return observe(model, layers, suspend)
 
-    running = [
-        Pass(sharing_copy(model) if uses[id(model)] > 1 else model, watch, forward, batch) for model, batch in passes
-    ]
-    try:
+    models = (sharing_copy(model) if uses[id(model)] > 1 else model for model, _ in passes)
+    with under_way(
+        [Pass(model, watch, forward, batch) for model, (_, batch) in zip(models, passes, strict=True)]
+    ) as running:
         _advance(running)
-        while waiting := [each.at.layers for each in running if each.at]:
-            now = min(waiting, key=lambda at: places[at[0].name])
-            arrived = [each for each in running if each.at and each.at.layers == now]
-            yield Step(now, [each.at if each in arrived else None for each in running])
-            _advance(arrived)
+        yield from in_step(running, layers, lambda places: _advance([running[place] for place in places]))
+
+
+def in_step(running: Sequence[Pass], layers: list[Layer], advance: Callable[[list[int]], None]) -> Iterator[Step]:
+    """Yield wherever the passes that are ``running`` are about to call some of ``layers``, until none of them is.
+
+    Where they are at different layers, those of them go first that are at the earliest one in the order of ``layers``.
+    ``advance(places)`` takes the passes of these numbers on to where they are suspended next. Several processes go
+    through the same steps; where one has no pass at a layer, its step has no arrivals.
+
+    Raises ProcessError if another process has ended.
+    """
+    order = {layer.name: place for place, layer in enumerate(layers)}
+    while True:
+        at = [
+            tuple(order[layer.name] for layer in each.at.layers) if isinstance(each.at, Observation) else None
+            for each in running
+        ]
+        everywhere = processes.of_all(min(filter(None, at), default=None))
+        now = min(filter(None, everywhere), default=None)
+        if now is None:
+            return
+        arrived = [place for place, there in enumerate(at) if there == now]
+        arrivals = [each.at if there == now else None for each, there in zip(running, at, strict=True)]
+        yield Step(tuple(layers[place] for place in now), arrivals)
+        advance(arrived)
+
+
+@contextmanager
+def under_way(passes: list[Pass]) -> Iterator[list[Pass]]:
+    """``passes`` that have not begun, for as long as the context is open; in the end they are given up."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # before any pass does so, and would put it back amid another
+    try:
+        yield passes
     finally:
-        for each in running:
+        for each in passes:
             each.give_up()
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
@@ -80,7 +105,7 @@ def _advance(passes: list[Pass]) -> None:
     """Let ``passes`` go on to their next places or ends, as many at a time as torch has threads, each with its
     share of them. Raises what a forward pass raises."""
     threads = torch.get_num_threads()
-    together = min(threads, len(passes))
+    together = max(1, min(threads, len(passes)))
     torch.set_num_threads(threads // together)
     try:
         for place, each in enumerate(passes):

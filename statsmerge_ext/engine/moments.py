@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from statsmerge_ext import ops
+from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.affine import padded
 from statsmerge_ext.engine.solving import RESOLUTION
 from statsmerge_ext.engine.spectral import FILTERS, effective_rank, mean_eigenvalue, spectral_solution
@@ -49,6 +50,11 @@ class Moments:
         """Add the rows of ``other``."""
         for field in fields(self):
             getattr(self, field.name).add_(getattr(other, field.name))
+
+    def add_up_(self) -> None:
+        """The rows of all processes. Raises ProcessError if one has ended."""
+        for field in fields(self):
+            processes.add_up_(getattr(self, field.name))
 
     def scaled(self, factor: float) -> Moments:
         """The same rows, each counted ``factor`` times."""

@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from statsmerge_ext.engine.journal import Journal
 from statsmerge_ext.engine.streaming import BLOCK, Piece, Stream, layer_shape
 from statsmerge_ext.evidence import GramEvidence
 from statsmerge_ext.layers import Layer
+
+if TYPE_CHECKING:
+    from statsmerge_ext.engine.layer_by_layer import Passes
 
 
 @dataclass
@@ -55,6 +59,7 @@ class MergeProblem:
         model: the architecture, for methods that need "batches" (its weights are not to be relied on).
         forward: runs ``model`` on a batch.
         batches: expert name -> list of unlabelled batches.
+        passes: forward passes through the layers, for methods in execution order; None: through the whole ``model``.
         heads: expert name -> function from the model's output to logits.
         base_source, sources: how error messages call the base and each expert (by path, where there is one).
         journal: where a method that takes long keeps its progress, if anywhere.
@@ -71,6 +76,7 @@ class MergeProblem:
     model: nn.Module | None = None
     forward: Callable[[nn.Module, object], object] | None = None
     batches: Mapping[str, list] = field(default_factory=dict)
+    passes: Passes | None = None
     heads: Mapping[str, Callable] = field(default_factory=dict)
     base_source: str = "base"
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -61,6 +61,11 @@ def samples(batch: Batch) -> int:
     return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
 
 
+def one_sample(batch: Batch) -> Batch:
+    """The first sample of a batch."""
+    return batch[:1] if isinstance(batch, Tensor) else {key: tensor[:1] for key, tensor in batch.items()}
+
+
 def _kind(batch: Batch) -> tuple:
     """What batches have to agree in."""
     entries = {"": batch} if isinstance(batch, Tensor) else batch

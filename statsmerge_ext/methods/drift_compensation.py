@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from statsmerge_ext.engine.layer_by_layer import LayerEvidence
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.engine.sequential import LayerEvidence, merge_in_execution_order
+from statsmerge_ext.engine.sequential import merge_in_execution_order
 from statsmerge_ext.engine.spectral import FILTERS
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.registry import nearest, register_method
@@ -21,7 +22,7 @@ RIDGES_BY = ("eigenvalue", "effective_rank", "rows")
 _ROWS_AN_INPUT = 20
 
 
-@register_method("drift_compensation", needs=("batches",))
+@register_method("drift_compensation", needs=("batches",), in_order=True)
 def drift_compensation(
     problem: MergeProblem,
     *,

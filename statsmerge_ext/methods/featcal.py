@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from statsmerge_ext import ops
+from statsmerge_ext.engine.layer_by_layer import ExpertEvidence, LayerEvidence
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.engine.sequential import ExpertEvidence, LayerEvidence, merge_in_execution_order
+from statsmerge_ext.engine.sequential import merge_in_execution_order
 from statsmerge_ext.errors import MethodError
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("featcal", needs=("batches",))
+@register_method("featcal", needs=("batches",), in_order=True)
 def featcal(
     problem: MergeProblem, *, ridge: float = 0.05, feature_mix: float = 0.25, anchor_scale: float = 0.66
 ) -> Solution:

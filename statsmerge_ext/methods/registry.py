@@ -49,8 +49,10 @@ class Method:
 
     ``by_layer`` says that what becomes of a layer depends on that layer and its evidence alone, so that the method may
     be given the layers of a model in several problems, and of those that are neither linear nor convolutions a few rows
-    at a time; what its result has beside parameters and notes does not outlast such a merge. ``partial`` says of a
-    method that runs the model that it can merge some of the layers, the others being what the problem's base has.
+    at a time; what its result has beside parameters and notes does not outlast such a merge. ``in_order`` says of a
+    method that it merges in execution order, so that it may be given the blocks of a model one by one in that order.
+    ``partial`` says of a method that runs the model that it can merge some of the layers, the others being what the
+    problem's base has.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Method:
     needs: frozenset[str]
     hyperparameters: Mapping[str, object]
     by_layer: bool = False
+    in_order: bool = False
     partial: bool = False
 
     @classmethod
@@ -68,6 +71,7 @@ class Method:
         needs: Iterable[str] = (),
         *,
         by_layer: bool = False,
+        in_order: bool = False,
         partial: bool = False,
     ) -> Method:
         """The method that ``function`` is.
@@ -82,7 +86,12 @@ class Method:
         if taken := sorted(RESERVED.intersection(argument.name for argument in arguments)):
             raise MethodError(f"method {name!r}: its hyperparameter {taken[0]!r} is an argument of merge; rename it")
         defaults = {argument.name: argument.default for argument in arguments}
-        return cls(name, function, needs, defaults, by_layer, partial)
+        return cls(name, function, needs, defaults, by_layer, in_order, partial)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether it can be given a model block by block."""
+        return self.by_layer or self.in_order
 
     def check(self, hyperparameters: Iterable[str]) -> None:
         """Raise MethodError for a hyperparameter that the method does not take."""
@@ -114,7 +123,14 @@ class Method:
         return self.function(problem, **hyperparameters)
 
 
-def register_method(name: str, *, needs: Iterable[str] = (), by_layer: bool = False, partial: bool = False) -> Callable:
+def register_method(
+    name: str,
+    *,
+    needs: Iterable[str] = (),
+    by_layer: bool = False,
+    in_order: bool = False,
+    partial: bool = False,
+) -> Callable:
     """Decorator that makes a function available as the method ``name``; further arguments as in :class:`Method`.
 
     Raises MethodError if the name is taken, and as :meth:`Method.of`.
@@ -123,7 +139,7 @@ def register_method(name: str, *, needs: Iterable[str] = (), by_layer: bool = Fa
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
         if name in _methods and _methods[name].function is not function:
             raise MethodError(f"a method named {name!r} is already registered")
-        _methods[name] = Method.of(name, function, needs, by_layer=by_layer, partial=partial)
+        _methods[name] = Method.of(name, function, needs, by_layer=by_layer, in_order=in_order, partial=partial)
         return function
 
     return register

@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from statsmerge_ext import ops
+from statsmerge_ext.engine.layer_by_layer import LayerEvidence
 from statsmerge_ext.engine.problem import MergeProblem, Solution
-from statsmerge_ext.engine.sequential import LayerEvidence, merge_in_execution_order
+from statsmerge_ext.engine.sequential import merge_in_execution_order
 from statsmerge_ext.engine.solving import RESOLUTION
 from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.regmean import check_ratio, shrunken
 
 
-@register_method("regmean_plus_plus", needs=("batches",))
+@register_method("regmean_plus_plus", needs=("batches",), in_order=True)
 def regmean_plus_plus(problem: MergeProblem, *, reduce_non_diagonal_ratio: float = 0.95) -> Solution:
     """W = (Σ W_k Ĝ_k)(Σ Ĝ_k)^† for linear and convolution weights in execution order, Ĝ_k being the Gram matrix of
     what the model merged so far makes of expert k's samples, off-diagonal entries multiplied by

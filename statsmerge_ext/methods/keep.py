@@ -12,4 +12,5 @@ from statsmerge_ext.methods.registry import register_method
 def keep(problem: MergeProblem) -> Solution:
     """θ = θ_0, bit by bit; the experts are not even read."""
     alone = replace(problem, experts={})
-    return alone.map_elements(lambda piece, base, task_vectors: base, is_weighted_sum=True)
+    # A copy: what is read is read over again by later pieces.
+    return alone.map_elements(lambda piece, base, task_vectors: base.clone(), is_weighted_sum=True)

@@ -250,12 +250,12 @@ class BlockMerge:
 
     def _merge_block(self, block: Block, problem: MergeProblem, output: ResumableOutput | None) -> None:
         """Solve a block, and write it to ``output``, if any."""
-        solution = self._method(problem, **self._hyperparameters)
         names = {layer.name for layer in block.layers if layer.source}
+        if problem.evidence is not None:  # which the method takes apart
+            self._seen |= names & problem.evidence.seen
+        solution = self._method(problem, **self._hyperparameters)
         if self._method.in_order:
             self._seen |= names.difference(solution.notes.pop("never_called"))
-        else:
-            self._seen |= names & problem.evidence.seen
         if output is None:
             return
         put_together: dict[str, Tensor] = {}

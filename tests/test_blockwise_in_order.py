@@ -102,7 +102,7 @@ def test_what_surrounds_layers_is_found_without_weights(tmp_path, family):
         assert rehearse_flows(blocks, batch)[1] == expected
 
 
-def test_a_residual_connection_past_a_block(monkeypatch):
+def test_a_residual_connection_past_a_block():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -113,9 +113,7 @@ def test_a_residual_connection_past_a_block(monkeypatch):
 
     with torch.device("meta"):
         model = Model()
-    with pytest.raises(
-        CheckpointError, match="layer 'blocks.1.weight': what is added to its output, or reads it, is in"
-    ):
+    with pytest.raises(CheckpointError, match="layer 'blocks.1.weight': what is added .* is beyond its block"):
         rehearse_flows(BlockModel(model, "cpu", default_forward), torch.zeros(2, 4))
 
 

@@ -185,9 +185,7 @@ def rehearse_flows(model: BlockModel, batch: Batch) -> tuple[list[Block], dict[s
     for name, flow in found.items():
         around = [name, *([flow.norm.name] if flow.norm else []), *([flow.skip] if flow.skip else [])]
         if len({block_of.get(each) for each in around}) > 1 or name not in block_of:
-            raise CheckpointError(
-                f"layer {name!r}: what is added to its output, or reads it, is in no or another block"
-            )
+            raise CheckpointError(f"layer {name!r}: what is added to its output, or follows it, is beyond its block")
         if flow.calls > 1:
             raise CheckpointError(f"layer {name!r} is called several times in a forward pass")
     for place, block in enumerate(calls):

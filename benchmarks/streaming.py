@@ -7,8 +7,8 @@
     python benchmarks/streaming.py mergekit DIR METHOD        # the same recipe by mergekit's command, if installed
     python benchmarks/streaming.py compare DIR                # the merged weights of both, element by element
 
-METHOD is one that looks at weights alone, or lot or regmean, which go block by block with 8 samples of 256 random
-tokens an expert. Each prints one line of JSON: seconds, bytes read and written, largest resident size. The inputs are
+METHOD is one that looks at weights alone, or lot, regmean or drift_compensation, which go block by block with 8 samples
+of 256 random tokens an expert. Each prints one line of JSON: seconds, bytes read and written, largest resident size. The inputs are
 dropped from the page cache before each, so that all of them read from the disk; what is written is synced before the
 clock stops.
 """
@@ -42,8 +42,9 @@ RECIPES = {
     "ties": {"parameters": {"normalize": True, "scope": "layer"}, "each": {"weight": 1.0, "density": 0.25}},
     "lot": {"parameters": {}, "each": {}},
     "regmean": {"parameters": {}, "each": {}},
+    "drift_compensation": {"parameters": {}, "each": {}},
 }
-WITH_DATA = ("lot", "regmean")
+WITH_DATA = ("lot", "regmean", "drift_compensation")
 SAMPLES, TOKENS = 8, 256
 HIDDEN, INNER, KEYS, VOCABULARY = 3072, 8192, 1024, 32000
 _CHUNK = 2**23

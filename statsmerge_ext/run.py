@@ -60,8 +60,9 @@ def run_merge(
 
     Methods that look at the weights alone are streamed: models and result are never in memory as a whole. Under
     torchrun, every process of the group calls this alike and takes its share of such a merge. Methods that look at one
-    layer at a time, such as ``lot``, go block by block through models of transformers; where a model cannot be taken in
-    blocks, it is merged in memory, and the report says why.
+    layer at a time, such as ``lot``, or merge in execution order, such as ``drift_compensation``, go block by block
+    through models of transformers; where a model cannot be taken in blocks, it is merged in memory, and the report says
+    why.
 
     Args:
         recipe: a recipe, or the path of its file.

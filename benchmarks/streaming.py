@@ -8,9 +8,9 @@
     python benchmarks/streaming.py compare DIR                # the merged weights of both, element by element
 
 METHOD is one that looks at weights alone, or lot, regmean or drift_compensation, which go block by block with 8 samples
-of 256 random tokens an expert. Each prints one line of JSON: seconds, bytes read and written, largest resident size. The inputs are
-dropped from the page cache before each, so that all of them read from the disk; what is written is synced before the
-clock stops.
+of 256 random tokens an expert. Each prints one line of JSON: seconds, bytes read and written, largest resident size.
+The inputs are dropped from the page cache before each, so that all of them read from the disk; what is written is
+synced before the clock stops.
 """
 
 from __future__ import annotations

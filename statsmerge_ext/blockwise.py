@@ -30,6 +30,7 @@ from statsmerge_ext.engine.report import facts_for_report, layer_report
 from statsmerge_ext.engine.shared_evidence import shared_batches
 from statsmerge_ext.engine.streaming import DEFAULT_BUDGET
 from statsmerge_ext.engine.together import samples
+from statsmerge_ext.memory import give_back_freed_memory
 from statsmerge_ext.methods import Method
 from statsmerge_ext.output import ResumableOutput, resumable_output
 
@@ -141,6 +142,7 @@ class BlockMerge:
                         saved = {"seen": sorted(self._seen), "notes": self._notes, "changed": sweep.changed}
                         output.save_if_due({"done": done, **saved})
                 del problem
+                give_back_freed_memory()
                 if self._method.in_order:
                     processes.wait_for_all()  # for what is written, which others may read
                 self._seconds["evidence"] += collected - clock

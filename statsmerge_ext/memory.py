@@ -19,10 +19,24 @@ def keep_freed_memory(largest: int = 2**30) -> bool:
 
     Returns whether the allocator took it.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = _of_glibc("mallopt")
     if mallopt is None:
         return False
     options = {_M_MMAP_THRESHOLD: largest, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
     return all(mallopt(option, value) for option, value in options.items())
+
+
+def give_back_freed_memory() -> None:
+    """Hand back to the system what is freed at this moment, also where it lies between what is used.
+
+    What different stages of a merge need never fits exactly into what earlier ones have left, so that kept memory grows
+    from stage to stage. Where the allocator cannot do it, nothing happens.
+    """
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str):
+    """A function of glibc's allocator, None where there is another; musl has none of them."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

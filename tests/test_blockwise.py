@@ -227,10 +227,10 @@ print(1024 * (peak() - before), plan["memory"], 1024 * peak())
 
 
 def test_memory_is_that_of_one_block_whatever_the_depth_and_the_number_of_experts(tmp_path):
-    """A model of 130 MB and five experts, in 30 MB."""
+    """A model of 65 MB and five experts, in 30 MB."""
     save_family(tmp_path / "tiny", "llama")
     deep = tmp_path / "deep"
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 48, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 4}
     for number, name in enumerate(("base", "a")):
         torch.manual_seed(number)
         config = transformers.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=4)
@@ -247,7 +247,7 @@ def test_memory_is_that_of_one_block_whatever_the_depth_and_the_number_of_expert
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     more, planned, peak = map(int, done.stdout.split())
-    assert (deep / "out" / "model.safetensors").stat().st_size > 120e6
+    assert (deep / "out" / "model.safetensors").stat().st_size > 60e6
     assert more < 30e6
     assert planned == pytest.approx(peak, rel=0.25)
 

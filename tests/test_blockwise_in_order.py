@@ -167,12 +167,12 @@ def test_killed_at_random_moments_the_same_command_ends_in_the_same_files(tmp_pa
     models = save_family(tmp_path, "llama", dtype=torch.bfloat16)
     data = {name: f"{name}.safetensors" for name in ("a", "b")}
     recipe = write_recipe(models, "drift_compensation", calibration={"data": data, "batch_size": BATCH})
-    command = [sys.executable, "-m", "tests.kill_merges", str(recipe), str(tmp_path), "10"]
+    command = [sys.executable, "-m", "tests.kill_merges", str(recipe), str(tmp_path), "8"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["differing"] == []
-    assert facts["killed"] >= 10 and facts["resumed"] >= 3
+    assert facts["killed"] >= 8 and facts["resumed"] >= 2
 
 
 def test_what_passes_see_is_what_is_written(tmp_path, monkeypatch):

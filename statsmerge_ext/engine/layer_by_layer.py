@@ -217,8 +217,9 @@ class LayerByLayer:
         if whole.name not in self._skips or self._skips[whole.name][place] is None:
             return None
         own, now = self._skips[whole.name][place]
-        if layer.rows != whole.rows:
-            own, now = own[..., slice(*layer.rows)], now[..., slice(*layer.rows)]
+        rows = _rows_within(whole, layer)
+        if rows != slice(None):
+            own, now = own[..., rows], now[..., rows]
         lacking = own - now
         if isinstance(self._passes.merged.get_submodule(layer.module), CHANNEL_NORMS):
             lacking = lacking.movedim(1, -1)
@@ -228,21 +229,18 @@ class LayerByLayer:
 
     def _average_rows(self, layer: Layer, calls: list[_Call]) -> None:
         experts, length = list(self._problem.experts), layer_shape(self._problem.base, layer)[0]
-        counts = torch.zeros(len(experts), length, dtype=torch.float64)
+        counts = self._passes.parameters[layer.parameter].new_zeros(len(experts), length, dtype=torch.float64)
         for call in calls:
             if call.now:
                 rows = call.now.features()
                 weight = call.now.token_weight(call.mask, rows.shape)
                 weight = None if weight is None else weight.flatten().double()
-                counts = counts.to(rows.device)
                 counts[experts.index(call.expert)] += torch.bincount(rows.flatten(), weight, minlength=length)
         counts = self._counts.get(layer.name, 0) + processes.add_up_(counts)
         self._counts[layer.name] = counts
-        first = (layer.rows or (0,))[0]
         for part in self._in_parts(layer, _AVERAGED):
             base, task_vectors = self._problem.base_part(part), torch.stack(self._problem.task_vectors(part))
-            here = slice(None) if part.rows is None else slice(part.rows[0] - first, part.rows[1] - first)
-            weights = counts[:, here].to(base)
+            weights = counts[:, _rows_within(layer, part)].to(base)
             weighted = (weights.unsqueeze(-1) * task_vectors).sum(0)
             self._store(part, base + ops.diagonal_solve(weights.sum(0), weighted, task_vectors.mean(0)))
 
@@ -274,6 +272,14 @@ class _Call:
         if self.own and self.now and self.own.input.shape == self.now.input.shape:
             return self.own.input, self.now.input
         return None
+
+
+def _rows_within(whole: Layer, part: Layer) -> slice:
+    """Which of the rows of ``whole`` those of ``part`` are."""
+    if part.rows == whole.rows:
+        return slice(None)
+    first = whole.rows[0] if whole.rows else 0
+    return slice(part.rows[0] - first, part.rows[1] - first)
 
 
 def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | None, feature_mix: float) -> None:

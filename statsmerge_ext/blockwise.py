@@ -142,8 +142,8 @@ class BlockMerge:
                         saved = {"seen": sorted(self._seen), "notes": self._notes, "changed": sweep.changed}
                         output.save_if_due({"done": done, **saved})
                 del problem
-                give_back_freed_memory()
                 if self._method.in_order:
+                    give_back_freed_memory()  # which lies between what many passes hold
                     processes.wait_for_all()  # for what is written, which others may read
                 self._seconds["evidence"] += collected - clock
                 clock = time.perf_counter()

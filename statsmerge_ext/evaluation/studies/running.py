@@ -21,6 +21,7 @@ from statsmerge_ext.evaluation.run import evaluate_task
 from statsmerge_ext.evaluation.studies.cases import BYTES, LABELLED, PREDICTED, TEACHER, Case, Study
 from statsmerge_ext.evaluation.studies.storage import store
 from statsmerge_ext.evaluation.suites import Suite
+from statsmerge_ext.methods import get_method, list_methods
 
 BATCH_SIZE = 16
 _KEPT_RESULTS = 2
@@ -53,10 +54,11 @@ class Records:
         """The same for cases that merge the same model and test it on the same kind of data."""
         facts = {"entry": case.entry, "stored": case.stored}
         if case.entry != BYTES:
-            facts |= {"left_out": sorted(case.left_out), "hyperparameters": self.hyperparameters(case)}
-            facts |= {"corrupted": case.corrupted, "limit": self.examples(case)}
+            facts["hyperparameters"] = _in_full(case.entry, self.hyperparameters(case))
+            facts |= {"left_out": sorted(case.left_out), "corrupted": case.corrupted, "limit": self.examples(case)}
         if "+" in case.entry:
-            facts["start"] = self.suite.hyperparameters.get(case.entry.rpartition("+")[0], {})
+            first = case.entry.rpartition("+")[0]
+            facts["start"] = _in_full(first, self.suite.hyperparameters.get(first, {}))
         if case.foreign:
             facts |= {"foreign": case.foreign, "seed": case.seed}
         if _looks_at_data(case.entry):
@@ -83,6 +85,12 @@ class Records:
         if self._path is not None:
             with atomic_output(self._path, overwrite=True) as temporary:
                 temporary.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+
+
+def _in_full(entry: str, chosen: Mapping[str, object]) -> dict:
+    """The hyperparameters of the last method of ``entry``, defaults too: with others it would be another merge."""
+    method = entry.rpartition("+")[2].partition("/")[0]
+    return {**(get_method(method).hyperparameters if method in list_methods() else {}), **chosen}
 
 
 def run_study(study: Study, records: Records, *, seeds: int | None = None, progress: bool = True) -> list[Case]:

@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from results import RESULTS, ROOT, environment, put
 
@@ -46,46 +46,54 @@ class Run:
         return json.dumps([self.entry, dict(sorted(hyperparameters.items())), self.samples, self.seed])
 
 
-DEFAULT, LOT = Run("drift compensation"), Run("LOT, λ = 1.3", "lot", {"scaling_factor": 1.3})
+#: What the choices are set against: more ridge than by default.
+STRONG = {"ridge": 1.0, "drift_ridge": 1.0}
+
+
+def strong(label: str, **setting: object) -> Run:
+    """A run with one thing changed of :data:`STRONG`."""
+    return Run(label, setting=STRONG | setting)
+
+
+LOT = Run("LOT, λ = 1.3", "lot", {"scaling_factor": 1.3})
+COMPARED = (LOT, Run("drift compensation"), strong("drift compensation, r = 1"))
 CHOICES = [
-    Run("the default"),
-    Run("λ = 1.0", setting={"scaling_factor": 1.0}),
-    Run("λ = 1.5", setting={"scaling_factor": 1.5}),
-    Run("λ = 2.0", setting={"scaling_factor": 2.0}),
-    Run("anchor: 0.25 of the sum", setting={"anchor_scale": 0.25}),
-    Run("anchor: the sum", setting={"anchor_scale": 1.0}),
-    Run("anchor: 2 times the sum", setting={"anchor_scale": 2.0}),
-    Run("anchor: 5 times the sum", setting={"anchor_scale": 5.0}),
-    Run("anchor: the experts' mean", setting={"anchor": "mean"}),
-    Run("anchor: the base", setting={"anchor": "base"}),
-    Run("r = r' = 0.1", setting={"ridge": 0.1, "drift_ridge": 0.1}),
-    Run("r = r' = 0.3", setting={"ridge": 0.3, "drift_ridge": 0.3}),
-    Run("r = r' = 3", setting={"ridge": 3.0, "drift_ridge": 3.0}),
-    Run("r' = 0.1", setting={"drift_ridge": 0.1}),
-    Run("r' = 1e6, no drift compensated", setting={"drift_ridge": 1e6}),
-    Run(
-        "r = 3e-3, r' = 0.1, anchor: 0.25 of the sum", setting={"ridge": 3e-3, "drift_ridge": 0.1, "anchor_scale": 0.25}
-    ),
-    Run("ridges by rows, r = r' = 0.3", setting={"ridge_by": "rows", "ridge": 0.3, "drift_ridge": 0.3}),
-    Run("ridges by effective rank", setting={"ridge_by": "effective_rank"}),
-    Run("filter: eigenvalues above 0.1", setting={"filter": "rank", "drift_ridge": 0.1}),
-    Run("filter: effective rank", setting={"filter": "effective_rank"}),
-    Run("filter: Gavish and Donoho's rank", setting={"filter": "gavish_donoho"}),
-    Run("filter: exponential, t = 1", setting={"filter": "exponential"}),
-    Run("tasks weighted by Gram norms", setting={"weighting": "gram"}),
-    Run("tasks weighted by feature energies", setting={"weighting": "energy"}),
-    Run("a quarter of the experts' own inputs", setting={"feature_mix": 0.25}),
-    Run("the experts' own inputs alone", setting={"feature_mix": 1.0}),
-    Run("LOT, λ = 1.3", "lot", {"scaling_factor": 1.3}),
+    strong("r = r' = 1, λ = 1.3, anchor: 3 times the sum"),
+    Run("the default: r = r' = 0.1"),
+    strong("r = r' = 0.3", ridge=0.3, drift_ridge=0.3),
+    strong("r = r' = 3", ridge=3.0, drift_ridge=3.0),
+    strong("r' = 0.1", drift_ridge=0.1),
+    strong("r' = 1e6, no drift compensated", drift_ridge=1e6),
+    strong("λ = 1.0", scaling_factor=1.0),
+    strong("λ = 1.5", scaling_factor=1.5),
+    strong("λ = 2.0", scaling_factor=2.0),
+    strong("anchor: 0.25 of the sum", anchor_scale=0.25),
+    strong("anchor: the sum", anchor_scale=1.0),
+    strong("anchor: 2 times the sum", anchor_scale=2.0),
+    strong("anchor: 5 times the sum", anchor_scale=5.0),
+    strong("anchor: the experts' mean", anchor="mean"),
+    strong("anchor: the base", anchor="base"),
+    strong("r = 3e-3, r' = 0.1, anchor: 0.25 of the sum", ridge=3e-3, drift_ridge=0.1, anchor_scale=0.25),
+    strong("ridges by rows, r = r' = 0.3", ridge_by="rows", ridge=0.3, drift_ridge=0.3),
+    strong("ridges by effective rank", ridge_by="effective_rank"),
+    strong("filter: eigenvalues above 0.1", filter="rank", drift_ridge=0.1),
+    strong("filter: effective rank", filter="effective_rank"),
+    strong("filter: Gavish and Donoho's rank", filter="gavish_donoho"),
+    strong("filter: exponential, t = 1", filter="exponential"),
+    strong("tasks weighted by Gram norms", weighting="gram"),
+    strong("tasks weighted by feature energies", weighting="energy"),
+    strong("a quarter of the experts' own inputs", feature_mix=0.25),
+    strong("the experts' own inputs alone", feature_mix=1.0),
+    LOT,
     Run("RegMean++, no shrinkage", "regmean_plus_plus", {"reduce_non_diagonal_ratio": 1.0}),
     Run("FeatCal, as published", "featcal"),
     Run("FeatCal, ρ = 3.3", "featcal", {"ridge": 0.01, "anchor_scale": 3.3}),
 ]
 #: Part -> its runs, in the order in which they are measured: those that are compared in turn.
 PARTS = {
-    "seeds": [Run(run.label, run.entry, run.setting, seed=seed) for seed in SEEDS for run in (LOT, DEFAULT)],
+    "seeds": [replace(run, seed=seed) for seed in SEEDS for run in COMPARED],
     "choices": CHOICES,
-    "samples": [Run(run.label, run.entry, run.setting, samples) for samples in SAMPLES for run in (LOT, DEFAULT)],
+    "samples": [replace(run, samples=samples) for samples in SAMPLES for run in COMPARED],
 }
 
 
@@ -126,8 +134,8 @@ def share(record: dict | None) -> str:
 
 def seeds_table(records: dict) -> str:
     rows = []
-    for run in (LOT, DEFAULT):
-        own = [records[Run(run.label, run.entry, run.setting, seed=seed).key] for seed in SEEDS]
+    for run in COMPARED:
+        own = [records[replace(run, seed=seed).key] for seed in SEEDS]
         mean, seconds = (statistics.fmean(r["recovered"] for r in own), statistics.median(r["seconds"] for r in own))
         rows.append([run.label, *map(share, own), f"{100 * mean:.1f} %", f"{seconds:.1f}"])
     return markdown_table(["", *(f"seed {seed}" for seed in SEEDS), "mean", "median seconds"], rows)
@@ -141,8 +149,8 @@ def choices_table(records: dict) -> str:
 
 def samples_table(records: dict) -> str:
     rows = []
-    for run in (LOT, DEFAULT):
-        own = [records.get(Run(run.label, run.entry, run.setting, samples).key) for samples in SAMPLES]
+    for run in COMPARED:
+        own = [records.get(replace(run, samples=samples).key) for samples in SAMPLES]
         rows.append([run.label, *map(share, own)])
     return markdown_table(["samples a task", *map(str, SAMPLES)], rows)
 

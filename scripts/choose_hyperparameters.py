@@ -58,7 +58,7 @@ GRIDS: dict[str, dict[str, list]] = {
     "lot+stats_merging": OWN | {"init_values": [0.0], "loss": ["kl"]},
     "regmean_plus_plus": {"reduce_non_diagonal_ratio": [0.9, 0.95, 0.99, 1.0]},
     "featcal": {"ridge": [0.01, 0.05], "anchor_scale": [2.2, 3.3, 5.0]},
-    "drift_compensation": {"scaling_factor": [0.6, 0.8, 1.0, 1.3, 1.5, 2.0]},
+    "drift_compensation": {"ridge": [0.1, 1.0], "scaling_factor": [1.0, 1.5, 2.0]},
 }
 
 

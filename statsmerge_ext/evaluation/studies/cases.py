@@ -14,6 +14,7 @@ from statsmerge_ext.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from statsmerge_ext.evaluation.foreign import RESNET, SUITE
 from statsmerge_ext.evaluation.studies.storage import FORMS
 from statsmerge_ext.evaluation.suites import Suite
+from statsmerge_ext.methods import get_method
 from statsmerge_ext.methods.registry import nearest
 from statsmerge_ext.methods.stats_merging import STATISTICS
 
@@ -146,10 +147,14 @@ def _samples(suite: Suite, seeds: int) -> Iterator[Case]:
 
 
 def _closed_forms(suite: Suite, seeds: int) -> Iterator[Case]:
-    """Methods that solve layers, beside the rule that sees no sample."""
+    """Methods that solve layers, beside the rule that sees no sample; and one as it is where nothing was chosen."""
     entries = ("task_arithmetic", "regmean", "regmean_plus_plus", "featcal", "lot", "drift_compensation")
-    for seed, samples, entry in itertools.product(range(seeds), BUDGETS, entries):
-        yield Case(entry, str(samples), entry, seed, samples)
+    defaults = get_method("drift_compensation").hyperparameters
+    for seed, samples in itertools.product(range(seeds), BUDGETS):
+        for entry in entries:
+            yield Case(entry, str(samples), entry, seed, samples)
+        row = "drift_compensation, defaults"
+        yield Case(row, str(samples), "drift_compensation", seed, samples, hyperparameters=defaults)
 
 
 def _tasks(suite: Suite, seeds: int) -> Iterator[Case]:

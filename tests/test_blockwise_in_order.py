@@ -29,10 +29,15 @@ from tests.tiny_transformers import FAMILIES, samples_of, save_family
 
 
 @pytest.fixture(autouse=True)
-def batches_as_they_are(monkeypatch):
-    """In memory batches are run together, which changes the rounding of sums; here they are the same."""
+def passes_as_they_are(monkeypatch):
+    """In memory batches are run together, and passes side by side with fewer threads each, which change the rounding of
+    sums (those of a mixture's experts depend on torch's threads); here they are the same."""
     monkeypatch.setattr(sequential, "_SAMPLES_TOGETHER", 1)
     transformers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

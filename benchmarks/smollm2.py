@@ -37,6 +37,7 @@ from statsmerge_ext.memory import keep_freed_memory
 PAGE, RECORDS = ROOT / "docs" / "smollm2.md", RESULTS / "smollm2.json"
 #: In the models' directory: what was measured so far.
 FACTS = "facts.json"
+STRONG = "drift_compensation, r = 1"
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,11 @@ class Bench:
         model, count = self.load(name), getattr(self.settings, split)
         return {domain: perplexity(model, texts[split][:count]) for domain, texts in self.windows.items()}
 
-    def merged(self, method: str, samples: int = 0, **parameters: object) -> dict:
-        """Merge the experts by a method as it is."""
-        with self.stage(f"merging, {method}"):
-            report = self.merge(method, method, list(self.windows), samples, **parameters)
+    def merged(self, method: str, samples: int = 0, name: str = "", **parameters: object) -> dict:
+        """Merge the experts by a method as it is, under its own name or another."""
+        name = name or method
+        with self.stage(f"merging, {name}"):
+            report = self.merge(name, method, list(self.windows), samples, **parameters)
         return {"parameters": parameters, "in_memory": report.get("in_memory")}
 
     def scaled(self, method: str) -> dict:
@@ -182,6 +184,9 @@ class Bench:
             "regmean": partial(self.merged, "regmean", settings.samples),
             "stats_merging": partial(self.merged, "stats_merging", settings.taught, **learning),
             "drift_compensation": partial(self.merged, "drift_compensation", settings.followed, scaling_factor=1.0),
+            STRONG: partial(
+                self.merged, "drift_compensation", settings.followed, STRONG, scaling_factor=1.0, ridge=1.0
+            ),
         }
         for name, make in rows.items():
             if name not in self.facts["rows"]:

@@ -141,7 +141,7 @@ def test_every_merge_is_measured(facts):
         "regmean",
         "stats_merging",
     ]
-    assert list(rows) == [*expected, "drift_compensation"]
+    assert list(rows) == [*expected, "drift_compensation", smollm2.STRONG]
     assert all(1 <= value < 200 for row in rows.values() for value in row["test"].values())
     for domain in smollm2_experts.DOMAINS:  # an expert knows its own domain, and none of the others
         assert rows[domain]["test"][domain] < 0.9 * rows["base"]["test"][domain]

@@ -10,7 +10,6 @@ the sake of /proc.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from statsmerge_ext.evaluation.comparison import (
 )
 from statsmerge_ext.evaluation.report import markdown_table
 from statsmerge_ext.evaluation.suites import get_suite
+from statsmerge_ext.memory import give_back_freed_memory
 
 PATH = RESULTS / "costs.json"
 SUITES = ("vision8", "vit8")
@@ -48,7 +48,7 @@ def merge_once(suite_name: str, entry: str, samples: int) -> dict[str, float]:
     suite = get_suite(suite_name)
     suite.prepare(progress=False)
     models, calibration = load_models(suite), calibration_of(suite, samples)
-    ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed would be used again, and not show
+    give_back_freed_memory()  # what preparing has freed would be used again, and not show
     before = resident("VmRSS")
     reset_peak()
     start = time.process_time()

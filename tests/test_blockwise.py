@@ -24,7 +24,7 @@ from statsmerge_ext.engine.blocks import BlockModel
 from statsmerge_ext.engine.merging import default_forward
 from statsmerge_ext.errors import CalibrationError, CheckpointError, MethodError
 from tests.tiny_models import files_in, write_recipe
-from tests.tiny_transformers import FAMILIES, save_family
+from tests.tiny_transformers import FAMILIES, save_deep, save_family
 
 BATCH = 4
 
@@ -229,16 +229,9 @@ print(1024 * (peak() - before), plan["memory"], 1024 * peak())
 def test_memory_is_that_of_one_block_whatever_the_depth_and_the_number_of_experts(tmp_path):
     """A model of 65 MB and five experts, in 30 MB."""
     save_family(tmp_path / "tiny", "llama")
-    deep = tmp_path / "deep"
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 4}
-    for number, name in enumerate(("base", "a")):
-        torch.manual_seed(number)
-        config = transformers.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=4)
-        transformers.LlamaForCausalLM(config).save_pretrained(deep / name)
-    save_file(load_file(tmp_path / "tiny" / "a.safetensors"), deep / "samples.safetensors")
     experts = ["a", *"bcde"]
-    for name in experts[1:]:
-        (deep / name).symlink_to(deep / "a")
+    deep = save_deep(tmp_path / "deep", 24, experts)
+    save_file(load_file(tmp_path / "tiny" / "a.safetensors"), deep / "samples.safetensors")
     data = {"data": {name: "a.safetensors" for name in ("a", "b")}}
     arguments = [write_recipe(tmp_path / "tiny", "lot", calibration=data), tmp_path / "tiny" / "out"]
     data = {"data": "samples.safetensors"}

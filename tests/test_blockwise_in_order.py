@@ -25,7 +25,7 @@ from statsmerge_ext.errors import CheckpointError
 from tests.test_blockwise import BATCH, assert_same, in_memory, interrupted_after, loaded, merge
 from tests.test_processes import scenario
 from tests.tiny_models import write_recipe
-from tests.tiny_transformers import FAMILIES, samples_of, save_family
+from tests.tiny_transformers import FAMILIES, samples_of, save_deep, save_family
 
 
 @pytest.fixture(autouse=True)
@@ -234,13 +234,7 @@ print(1024 * more, plan["memory"], 1024 * peak())
 def test_memory_is_that_of_one_block_whatever_the_depth(tmp_path):
     """A model of 53 MB and two experts, in 40 MB."""
     save_family(tmp_path / "tiny", "llama")
-    deep = tmp_path / "deep"
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 20, "num_attention_heads": 4}
-    for number, name in enumerate(("base", "a")):
-        torch.manual_seed(number)
-        config = transformers.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=4)
-        transformers.LlamaForCausalLM(config).save_pretrained(deep / name)
-    (deep / "b").symlink_to(deep / "a")
+    deep = save_deep(tmp_path / "deep", 20, ["a", "b"])
     save_file(load_file(tmp_path / "tiny" / "a.safetensors"), deep / "samples.safetensors")
     data = {"data": {name: "a.safetensors" for name in ("a", "b")}}
     arguments = [write_recipe(tmp_path / "tiny", "drift_compensation", calibration=data), tmp_path / "tiny" / "out"]

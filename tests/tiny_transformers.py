@@ -54,6 +54,18 @@ def save_family(directory: Path, family: str, *, padding: str = "right", dtype=t
     return directory
 
 
+def save_deep(directory: Path, layers: int, experts: list[str]) -> Path:
+    """A base of the family "llama" with many layers of some size, and experts that are all the same model, on disk."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers, "num_attention_heads": 4}
+    for number, name in enumerate(("base", experts[0])):
+        torch.manual_seed(number)
+        config = tf.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=4)
+        tf.LlamaForCausalLM(config).save_pretrained(directory / name)
+    for name in experts[1:]:
+        (directory / name).symlink_to(directory / experts[0])
+    return directory
+
+
 def samples_of(model: nn.Module, padding: str, count: int, seed: int) -> dict[str, torch.Tensor]:
     """Random inputs; texts of several lengths are padded on one side."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 """Merges of a Llama-shaped model of 3 billion parameters on disk, beside copying the same bytes, and mergekit.
 
     python benchmarks/streaming.py make DIR [--billions B]   # a base and three experts, bfloat16: 8 B GB in all
-    python benchmarks/streaming.py copy DIR                   # read all inputs and write as much as a merge does
+    python benchmarks/streaming.py copy DIR [--drop]          # read all inputs and write as much as a merge does
     python benchmarks/streaming.py merge DIR METHOD           # the whole command, in a process of its own
     python benchmarks/streaming.py plan DIR METHOD            # what the command says before that it will take
     python benchmarks/streaming.py mergekit DIR METHOD        # the same recipe by mergekit's command, if installed
@@ -31,7 +31,7 @@ import yaml
 from safetensors.torch import save_file
 
 from statsmerge_ext import run_merge
-from statsmerge_ext.checkpoints import open_checkpoint
+from statsmerge_ext.checkpoints import open_checkpoint, page_cache
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.weight_files import ShardedWeights
 
@@ -114,8 +114,9 @@ def forget(files: list[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def copy(directory: Path) -> None:
-    """Read all inputs, in turns as a merge does, and write the bytes of the base."""
+def copy(directory: Path, *, drop: bool) -> None:
+    """Read all inputs, in turns as a merge does, and write the bytes of the base; with ``drop``, have all of it leave
+    the page cache on the way, as a merge does that does not fit there."""
     buffer = memoryview(bytearray(2**22))
     columns = [sorted((directory / model).glob("*.safetensors")) for model in ("base", *EXPERTS)]
     for number, shards in enumerate(zip(*columns, strict=True)):
@@ -125,6 +126,9 @@ def copy(directory: Path) -> None:
                 out.write(buffer[:count])
                 for other in opened[1:]:
                     other.readinto(buffer)
+                if drop:
+                    for file, behind in ((out, 2**28), *((file, 2**23) for file in opened)):
+                        page_cache.drop(file.fileno(), file.tell() - behind, file.tell())
             os.fsync(out.fileno())
     for path in directory.glob("copy-*"):
         path.unlink()
@@ -189,6 +193,7 @@ def main() -> None:
     parser.add_argument("method", nargs="?", choices=RECIPES)
     parser.add_argument("--billions", type=float, default=3.0)
     parser.add_argument("--warm", action="store_true", help="leave the inputs in the page cache")
+    parser.add_argument("--drop", action="store_true", help="of copy: have files leave the page cache on the way")
     parser.add_argument("--dtype", default="bfloat16", help="what mergekit computes in; we always do in float32")
     options = parser.parse_args()
     if options.action == "make":
@@ -208,7 +213,7 @@ def main() -> None:
         return print(json.dumps({**facts, "took": round(time.perf_counter() - began, 2), "plan": plan}))
     if options.action == "copy":
         began = time.perf_counter()
-        copy(options.directory)
+        copy(options.directory, drop=options.drop)
         seconds = time.perf_counter() - began
     else:
         recipe, out = (

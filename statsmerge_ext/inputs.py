@@ -44,6 +44,20 @@ class Inputs:
             "batches": {name: fingerprint(as_named(batches)) for name, batches in (self.batches or {}).items()},
         }
 
+    @property
+    def bytes(self) -> int:
+        """What the models' files take."""
+        return sum(path.stat().st_size for model in self._models for path in model.files)
+
+    def leave_page_cache(self) -> None:
+        """Have what is read of the models leave the page cache soon after."""
+        for model in self._models:
+            model.leave_page_cache()
+
+    @property
+    def _models(self) -> tuple[Checkpoint, ...]:
+        return (self.base, *self.experts.values())
+
 
 def open_inputs(recipe: Recipe, device: str | torch.device) -> Inputs:
     """Open what ``recipe`` names; tensors are put on ``device`` when they are read.

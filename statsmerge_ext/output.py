@@ -63,6 +63,7 @@ def resumable_output(
     *,
     resume: bool,
     shard_bytes: int | None,
+    stays_cached: bool = True,
     metadata: Mapping[str, str] | None = None,
     companions: Callable[[Path], None] | None = None,
 ) -> Iterator[ResumableOutput]:
@@ -76,6 +77,7 @@ def resumable_output(
         identity: JSON-able facts that decide the result.
         resume: go on with what an interrupted run of the same merge has left.
         shard_bytes: largest weight file of a directory; None: ``out`` is a file.
+        stays_cached: what is written may stay in the page cache.
         metadata: texts for the header of that file.
         companions: writes what a directory holds beside the weights.
 
@@ -92,8 +94,8 @@ def resumable_output(
 
     def files(*, reopen: bool) -> WeightFile | ShardedWeights:
         if shard_bytes is None:
-            return WeightFile(partial.result, infos, metadata, reopen=reopen)
-        return ShardedWeights(partial.result, infos, shard_bytes, reopen=reopen)
+            return WeightFile(partial.result, infos, metadata, reopen=reopen, stays_cached=stays_cached)
+        return ShardedWeights(partial.result, infos, shard_bytes, reopen=reopen, stays_cached=stays_cached)
 
     with partial:
         if saved:

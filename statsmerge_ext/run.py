@@ -18,6 +18,7 @@ from tqdm import tqdm
 from statsmerge_ext.blockwise import BlockMerge, write_blockwise
 from statsmerge_ext.checkpoints.architecture import build_model, module_state
 from statsmerge_ext.checkpoints.header import TensorInfo
+from statsmerge_ext.checkpoints.page_cache import can_hold
 from statsmerge_ext.checkpoints.partial import partial_path
 from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES
 from statsmerge_ext.checkpoints.skeleton import build_skeleton
@@ -116,6 +117,9 @@ def run_merge(
     infos = {name: TensorInfo(base.shape(name), stored_dtype(base, name, recipe.out_dtype)) for name in names}
     plan = _plan(infos)
     _check_space(out, plan["bytes"])
+    stays_cached = can_hold(inputs.bytes + plan["bytes"])
+    if not stays_cached:
+        inputs.leave_page_cache()
     if dry_run:
         if processes.count() > 1:
             raise ProcessError("dry_run: says what one process needs; run it in one, without torchrun")
@@ -148,10 +152,9 @@ def run_merge(
         write = write_streamed
     if blocks or (model is None and on_disk and isinstance(merged.solution.parameters, MergedLayers)):
         identity = {**inputs.identity(), "options": [str(device), shard_bytes, random_seed, budget]}
-        writing = {"resume": resume, "shard_bytes": None if is_file(out) else shard_bytes, "progress": progress}
-        return _write(
-            partial(write, merged, out, infos, identity, **writing), merged, inputs, out, infos, facts, tokenizer
-        )
+        writing = {"resume": resume, "shard_bytes": None if is_file(out) else shard_bytes, "stays_cached": stays_cached}
+        write = partial(write, merged, out, infos, identity, progress=progress, **writing)
+        return _write(write, merged, inputs, out, infos, facts, tokenizer)
     result = merged.computed(model)
     report = {**result.report, **({"in_memory": why_not} if why_not else {}), **facts}
     files = accompanying_files(recipe, report, result.coefficients, result.learner)

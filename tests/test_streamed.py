@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 import statsmerge_ext
-from statsmerge_ext import LayerRule, output, run_merge
-from statsmerge_ext.checkpoints import open_checkpoint
+from statsmerge_ext import LayerRule, output, run, run_merge
+from statsmerge_ext.checkpoints import open_checkpoint, reading, weight_files
+from statsmerge_ext.checkpoints.header import read_header
 from statsmerge_ext.checkpoints.partial import PartialOutput
 from statsmerge_ext.engine import streaming
 from statsmerge_ext.errors import CheckpointError, MethodError
@@ -201,6 +203,37 @@ def test_a_file_cut_short_while_it_is_read_is_an_error(models, monkeypatch):
     with pytest.raises(CheckpointError, match="the file was cut short while it was read"):
         for name in opened:
             opened.run(name, 0, opened.shape(name).numel())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice about its page cache")
+@pytest.mark.parametrize("fits", [True, False])
+def test_models_that_do_not_fit_into_the_page_cache_do_not_stay_there(models, monkeypatch, fits):
+    size = stream(models, "expected.safetensors")["plan"]["bytes"]
+    dropped: dict[int, set[int]] = {}
+
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        assert length  # 0 would be all of the file
+        dropped.setdefault(os.fstat(descriptor).st_ino, set()).update(range(start, start + length))
+
+    behind = 1000
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(reading, "_DROPPED_BEHIND", behind)
+    monkeypatch.setattr(weight_files, "_WRITTEN_OUT", behind)
+    monkeypatch.setattr(run, "can_hold", lambda needed: fits if needed > 3 * size else pytest.fail("not all files"))
+    stream(models, "out.safetensors")
+    out = models / "out.safetensors"
+    expected, merged = open_checkpoint(models / "expected.safetensors"), open_checkpoint(out)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    for file in (*(models / name / "model.safetensors" for name in ("base", "a", "b")), out):
+        for key in ("big", "flat"):
+            info = read_header(file)[0][key]
+            expected = set(range(info.offset, info.offset + info.nbytes - behind))
+            assert (
+                expected.isdisjoint(dropped.get(file.stat().st_ino, set()))
+                if fits
+                else (expected <= dropped[file.stat().st_ino])
+            )
 
 
 def test_a_single_file_carries_the_recipe(models):

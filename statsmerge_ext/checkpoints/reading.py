@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from statsmerge_ext.checkpoints.header import TensorInfo, read_header
+from statsmerge_ext.checkpoints.page_cache import drop
 from statsmerge_ext.errors import CheckpointError
 
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -31,6 +32,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Bytes behind what is read where a file leaves the page cache: other threads are reading near by.
+_DROPPED_BEHIND = 2**23
 
 
 def open_checkpoint(
@@ -101,6 +104,12 @@ class Checkpoint(Mapping[str, Tensor]):
             return self._delivered(file.read(name).reshape(-1)[start:stop])
         return self._delivered(file.read_run(name, start, stop, into))
 
+    def leave_page_cache(self) -> None:
+        """Have what :meth:`run` reads of safetensors files leave the page cache soon after."""
+        for file in self._entries.values():
+            if isinstance(file, _SafetensorsFile):
+                file.stays_cached = False
+
     def has_runs(self, name: str) -> bool:
         """Whether :meth:`run` reads a part of the tensor without reading all of it."""
         return hasattr(self._entries[name], "read_run")
@@ -134,11 +143,15 @@ class Checkpoint(Mapping[str, Tensor]):
         """The file that holds a tensor."""
         return self._entries[name].path
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that hold its tensors."""
+        return sorted({file for entry in self._entries.values() for file in entry.files})
+
     def identity(self) -> list:
         """JSON-able facts that change when the checkpoint's files are changed; no tensor is read for them."""
-        files = sorted({file for entry in self._entries.values() for file in entry.files})
         tensors = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self]
-        return [[(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files], tensors]
+        return [[(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files], tensors]
 
     def with_entries(
         self, entries: Mapping[str, _File], *, without: Collection[str] = (), config: dict | None
@@ -153,7 +166,13 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 class _SafetensorsFile:
-    """One safetensors file, memory-mapped at the first read of a whole tensor."""
+    """One safetensors file, memory-mapped at the first read of a whole tensor.
+
+    Attributes:
+        stays_cached: what is read in runs may stay in the page cache.
+    """
+
+    stays_cached = True
 
     def __init__(self, path: Path):
         self.path = path
@@ -178,6 +197,7 @@ class _SafetensorsFile:
         size = (stop - start) * info.dtype.itemsize
         data = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
         rest, position = memoryview(data.numpy()), info.offset + start * info.dtype.itemsize
+        first = position
         try:
             with self._opening:
                 if self._file is None:
@@ -187,6 +207,8 @@ class _SafetensorsFile:
                 if not count:
                     raise CheckpointError(f"{self.path}: tensor {name!r}: the file was cut short while it was read")
                 rest, position = rest[count:], position + count
+            if not self.stays_cached:
+                drop(self._file.fileno(), first - 2 * _DROPPED_BEHIND, position - _DROPPED_BEHIND)
         except OSError as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error.strerror or error}") from error
         return data.view(info.dtype)

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from statsmerge_ext.checkpoints.header import DTYPES, TensorInfo, read_header
+from statsmerge_ext.checkpoints.page_cache import drop
 from statsmerge_ext.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
+# Of a file that is to leave the page cache: bytes that are sent to the disk together, and how far behind them what the
+# disk was sent is dropped.
+_WRITTEN_OUT, _DROPPED_BEHIND = 2**22, 2**28
 
 
 class WeightFile:
@@ -31,6 +35,7 @@ class WeightFile:
         infos: name → shape and dtype of every tensor.
         metadata: texts for the header.
         reopen: go on with a file that is there already and has the same tensors.
+        stays_cached: what is written may stay in the page cache.
 
     Raises:
         CheckpointError: a dtype that safetensors lacks; a file to be reopened that is damaged.
@@ -44,8 +49,9 @@ class WeightFile:
         metadata: Mapping[str, str] | None = None,
         *,
         reopen: bool = False,
+        stays_cached: bool = True,
     ) -> None:
-        self.path = path
+        self.path, self._stays_cached = path, stays_cached
         if reopen:
             self._places = {name: info.offset for name, info in read_header(path)[0].items()}
             self._file = open(path, "r+b", buffering=0)
@@ -99,10 +105,12 @@ class WeightFile:
         return header, len(header) + position
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
-        data = memoryview(data)
+        data, first = memoryview(data), position
         while data:
             written = os.pwrite(self._file.fileno(), data, position)
             data, position = data[written:], position + written
+        if not self._stays_cached and position // _WRITTEN_OUT > first // _WRITTEN_OUT:
+            drop(self._file.fileno(), first - _DROPPED_BEHIND, position)
 
 
 class ShardedWeights:
@@ -113,12 +121,19 @@ class ShardedWeights:
         infos: name → shape and dtype of every tensor, in order.
         shard_bytes: largest size of a file's tensors; a larger tensor gets a file of its own.
         reopen: go on with files that the same arguments have made.
+        stays_cached: as of :class:`WeightFile`.
 
     Raises as :class:`WeightFile`.
     """
 
     def __init__(
-        self, directory: Path, infos: Mapping[str, TensorInfo], shard_bytes: int, *, reopen: bool = False
+        self,
+        directory: Path,
+        infos: Mapping[str, TensorInfo],
+        shard_bytes: int,
+        *,
+        reopen: bool = False,
+        stays_cached: bool = True,
     ) -> None:
         shards = _plan_shards(infos, shard_bytes)
         self._files: list[WeightFile] = []
@@ -127,7 +142,10 @@ class ShardedWeights:
             for number, names in enumerate(shards, 1):
                 file = f"model-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "model"
                 of_shard = {name: infos[name] for name in names}
-                self._files.append(WeightFile(directory / f"{file}.safetensors", of_shard, reopen=reopen))
+                opened = WeightFile(
+                    directory / f"{file}.safetensors", of_shard, reopen=reopen, stays_cached=stays_cached
+                )
+                self._files.append(opened)
                 self._file_of.update(dict.fromkeys(names, self._files[-1]))
         except BaseException:
             self.close()

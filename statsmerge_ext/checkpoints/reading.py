@@ -33,7 +33,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 # Bytes behind what is read where a file leaves the page cache: other threads are reading near by.
-_DROPPED_BEHIND = 2**23
+_DROPPED_BEHIND = 2**25
 
 
 def open_checkpoint(

@@ -23,9 +23,9 @@ from statsmerge_ext.layers import Layer
 BLOCK = 65536
 #: Bytes of models that are in memory at a time, unless the caller says otherwise.
 DEFAULT_BUDGET = 2**29
-_LONGEST = 8 * BLOCK  # of a piece: long enough for the disk's full speed, and short enough for the caches
+_LONGEST = 32 * BLOCK  # of a piece: long enough to be worth its threads' taking turns
 _READERS = 2  # threads: the disk is busy while what it brought is copied
-_IN_FLIGHT = 12  # pieces: read, computed and written, and some waiting in between
+_IN_FLIGHT = 8  # pieces: read, computed and written, and some waiting in between
 
 Result = TypeVar("Result")
 

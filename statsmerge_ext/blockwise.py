@@ -257,7 +257,7 @@ class BlockMerge:
             self._seen |= names & problem.evidence.seen
         solution = self._method(problem, **self._hyperparameters)
         if self._method.in_order:
-            self._seen |= names.difference(solution.notes.pop("never_called"))
+            self._seen |= names.difference(solution.notes["never_called"])
         if output is None:
             return
         put_together: dict[str, Tensor] = {}
@@ -272,7 +272,8 @@ class BlockMerge:
             output.write(name, output.converted(name, merged))
         self._files.forget()
         for name, note in solution.notes.items():
-            self._notes.setdefault(name, {}).update(note)
+            if name != "never_called":
+                self._notes.setdefault(name, {}).update(note)
 
     def _beside_parameters(self) -> dict[str, Tensor]:
         """The tensors of the output that are no parameters, by their names in the files."""

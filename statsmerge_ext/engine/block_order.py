@@ -54,7 +54,7 @@ class OrderedSweep(BlockSweep, Passes):
     ) -> None:
         models = {name: model.another() for name in (*problem.experts, _MERGED)}
         BlockSweep.__init__(self, models, calls, problem, directory, budget)
-        Passes.__init__(self, self._batches, models[_MERGED].modules, flows)
+        Passes.__init__(self, self._batches, models[_MERGED].modules, [], flows)
         self._written, self._round = written, rounded
         #: The model of each pass: those of the experts, and then the merged one's.
         self._names = [name for name, _ in self._batches] + [_MERGED] * len(self._batches)
@@ -117,13 +117,13 @@ class OrderedSweep(BlockSweep, Passes):
     @contextmanager
     def _at(self, block: Block) -> Iterator[MergeProblem]:
         """The problem of ``block``, all of whose weights are loaded while the context is open."""
-        self._block = block
+        self._block, self.layers = block, list(block.layers)
         with ExitStack() as stack:
             with self._clock(block, "experts"):
                 loaded = {name: stack.enter_context(self._loaded(name, block)) for name in self._models}
             self.parameters = loaded.pop(_MERGED)
             base = _Computed(self._problem.base)
-            yield replace(self._problem, layers=list(block.layers), base=base, experts=loaded, passes=self)
+            yield replace(self._problem, layers=self.layers, base=base, experts=loaded, passes=self)
             self.parameters = {}
 
     def _weights(self, name: str, block: Block) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ from statsmerge_ext import ops
 from statsmerge_ext.calibration import Batch
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.affine import Affine, batch_norm_map, divisible, shifts_of
-from statsmerge_ext.engine.dataflow import Flow
+from statsmerge_ext.engine.dataflow import Flow, flows_among
 from statsmerge_ext.engine.lockstep import Step
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
@@ -118,14 +118,7 @@ class LayerByLayer:
         self._shifts = shifts_of(problem.layers) if shifts else {}
         # Those that belong to other methods, of layers that are merged here.
         self._fixed = {name: self._biases[name] for name in self._biases if shifts and name not in self._shifts}
-
-        def is_alone(flow: Flow) -> bool:
-            norm_of_others = flow.norm is not None and flow.norm.name not in self._shifts
-            return norm_of_others or not (shifts and surroundings)
-
-        self._flows = {
-            name: replace(flow, norm=None, skip=None) if is_alone(flow) else flow for name, flow in passes.flows.items()
-        }
+        self._flows = flows_among(passes.flows, problem.layers if shifts and surroundings else [])
         self._skips: dict[str, list] = {}  # layer -> what its residual connection carries, a pair a batch
         self._sums: dict[tuple[str, str], Moments] = {}  # of layers that are called again, and experts
         self._counts: dict[str, Tensor] = {}  # of each embedding's rows, [K, rows]

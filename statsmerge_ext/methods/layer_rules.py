@@ -111,6 +111,9 @@ class _RuledMethod(Method):
         names = {layer.name for part in self._parts(layers, {}) for layer in part.method.watched(part.layers)}
         return [layer for layer in layers if layer.name in names]
 
+    def ordered(self, layers: Iterable[Layer]) -> list[Layer]:
+        return [layer for part in self._parts(layers, {}) if part.method.in_order for layer in part.layers]
+
     def identity(self, hyperparameters: Mapping[str, object]) -> dict:
         return {**self.main.identity(hyperparameters), "rules": [str(rule) for rule in self.rules]}
 

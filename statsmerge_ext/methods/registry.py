@@ -107,6 +107,10 @@ class Method:
         """Those of a model's ``layers`` that the method needs Gram evidence of."""
         return list(layers) if "grams" in self.needs else []
 
+    def ordered(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Those of a model's ``layers`` that the method merges in execution order."""
+        return list(layers) if self.in_order else []
+
     def identity(self, hyperparameters: Mapping[str, object]) -> dict:
         """What decides the result of a merge, as far as the method does, JSON-able."""
         return {"method": self.name, "hyperparameters": {name: str(x) for name, x in hyperparameters.items()}}

@@ -113,9 +113,8 @@ def test_what_passes_see_of_other_methods_is_what_is_written(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kept", ["layers.0.", "layers.1.", "embed_tokens"])
-def test_layers_before_the_first_change_are_the_bases_own(tmp_path, kept):
-    """The first that experts have changed is one that is kept, where it is in another block; after an interruption,
-    too, which does not go through that block again."""
+def test_layers_before_the_first_change_are_the_bases_own(tmp_path, monkeypatch, kept):
+    """Also where that is a layer that is kept; and in a run that goes on behind it."""
     models = save_family(tmp_path, "llama")
     base = dict(open_checkpoint(models / "base"))
     for name in ("a", "b"):
@@ -132,6 +131,12 @@ def test_layers_before_the_first_change_are_the_bases_own(tmp_path, kept):
     same = {key for key in base if torch.equal(merged[key], base[key])}
     first = {key for key in base if "layers.0" in key or "embed_tokens" in key}
     assert same == first | {key for key in base if kept in key}
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            merge(models, "drift_compensation", layers=layers, out="resumed")
+    merge(models, "drift_compensation", layers=layers, out="resumed")
+    assert_same(loaded(models / "resumed"), merged)
 
 
 def test_a_dry_run_merges_one_block_of_each_kind(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ class BlockMerge:
         self._model = BlockModel(skeleton, device, default_forward)
         first = next(iter(batches.values()))[0]
         if method.in_order:
-            self._calls, self._flows = rehearse_flows(self._model, first)
+            self._calls, self._flows = rehearse_flows(self._model, first, method.ordered(self._model.layers))
         else:
             self._calls = self._model.rehearse(first)
         self._seen: set[str] = set()
@@ -221,7 +221,8 @@ class BlockMerge:
         """What blocks that take the same time have in common."""
         shapes = [(key.removeprefix(block.path), self._model.shapes[key]) for key in block.keys]
         watched = self._method.watched(block.layers)
-        kinds = [(layer.kind, layer.source, layer in watched) for layer in block.layers]
+        rules = {name: rule["filter"] for rule in self.facts.get("rules", ()) for name in rule["layers"]}
+        kinds = [(layer.kind, layer.source, layer in watched, rules.get(layer.name)) for layer in block.layers]
         return tuple(shapes), tuple(kinds), block in self._calls
 
     def _sweep(
@@ -257,7 +258,7 @@ class BlockMerge:
             self._seen |= names & problem.evidence.seen
         solution = self._method(problem, **self._hyperparameters)
         if self._method.in_order:
-            self._seen |= names.difference(solution.notes.pop("never_called"))
+            self._seen |= names.difference(solution.notes["never_called"])
         if output is None:
             return
         put_together: dict[str, Tensor] = {}
@@ -272,7 +273,8 @@ class BlockMerge:
             output.write(name, output.converted(name, merged))
         self._files.forget()
         for name, note in solution.notes.items():
-            self._notes.setdefault(name, {}).update(note)
+            if name != "never_called":
+                self._notes.setdefault(name, {}).update(note)
 
     def _beside_parameters(self) -> dict[str, Tensor]:
         """The tensors of the output that are no parameters, by their names in the files."""

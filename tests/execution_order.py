@@ -1,7 +1,7 @@
 """Drift compensation, ours and naively: a forward sweep a layer in float64, least squares on raw rows.
 
 In the naive one ``order`` names the modules in execution order; ``norms`` says which BatchNorm follows a module,
-``skips`` the module whose input is added to a module's output.
+``skips`` the module whose input is added to a module's output, ``others`` what other methods have made of parameters.
 """
 
 from __future__ import annotations
@@ -50,23 +50,55 @@ class ResidualBlock(nn.Module):
         return x + self.norm2(self.project(y))
 
 
-def reference(base, experts, data, order, norms={}, skips={}, scaling_factor=1.15, ridge=0.4, drift_ridge=0.9):
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    """A pre-norm transformer layer, written out."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 12), nn.Linear(12, width)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+LAYERS = ("norm1", *(f"attention.{name}" for name in ("q", "k", "v", "out")), "norm2", "up", "down")
+SKIPS = {"attention.out": "norm1", "down": "norm2"}
+
+
+def reference(
+    base, experts, data, order, norms={}, skips={}, scaling_factor=1.15, ridge=0.4, drift_ridge=0.9, others={}
+):
     base, experts = base.double().eval(), {name: e.double().eval() for name, e in experts.items()}
     merged = copy.deepcopy(base)
     with torch.no_grad():
         for key, tensor in merged.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(torch.stack([e.state_dict()[key] for e in experts.values()]).mean(0))
+                mean = torch.stack([e.state_dict()[key] for e in experts.values()]).mean(0)
+                tensor.copy_(others.get(key, mean))
         for path in order:
-            solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge, drift_ridge)
+            solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge, drift_ridge, others)
     return merged
 
 
-def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge, drift_ridge):
+def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge, drift_ridge, others={}):
     module, start = merged.get_submodule(path), base.get_submodule(path)
     is_scale = isinstance(module, (nn.BatchNorm2d, nn.LayerNorm))
     norm = norms.get(path)
-    shifted = module.bias is not None or norm is not None
+    has_bias = module.bias is not None and f"{path}.bias" not in others
+    shifted = has_bias or norm is not None
+    fixed = 0 if module.bias is None or has_bias else module.bias
     rows, linear, targets = [], [], []
     for name, expert in experts.items():
         of_expert, of_merged = seen(expert, data[name].double()), seen(merged, data[name].double())
@@ -81,8 +113,8 @@ def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge
             if norm:
                 wanted, on_merged = (undone(merged.get_submodule(norm), y) for y in (wanted, on_merged))
             rows.append(features(module, x))
-            targets.append(as_rows(module, wanted))
-            linear.append(as_rows(module, on_merged))
+            targets.append(as_rows(module, wanted) - fixed)
+            linear.append(as_rows(module, on_merged) - fixed)
     groups = getattr(module, "groups", 1)
     weight = start.weight.clone()
     if is_scale:
@@ -109,13 +141,11 @@ def solve(merged, base, experts, data, path, norms, skips, scaling_factor, ridge
         weight[channels] = fitted.reshape(weight[channels].shape)
         shifts[channels] = (y - x @ fitted.T).mean(0)
     module.weight.copy_(weight)
-    if module.bias is not None:
+    if has_bias:
         module.bias.copy_(shifts)
     if norm:
         after = merged.get_submodule(norm)
-        after.bias += (
-            after.weight * (shifts - (0 if module.bias is None else shifts)) / (after.running_var + after.eps).sqrt()
-        )
+        after.bias += after.weight * (shifts - (shifts if has_bias else 0)) / (after.running_var + after.eps).sqrt()
 
 
 def factors(model, path):

@@ -145,10 +145,10 @@ def death(models: Path) -> dict:
     }
 
 
-def with_samples(models: Path, method: str, out: str, **parameters) -> Callable[[], object]:
+def with_samples(models: Path, method: str, out: str, layers=None, **parameters) -> Callable[[], object]:
     """A merge that looks at samples, in batches of 20."""
-    data = {name: f"{name}.safetensors" for name in ("a", "b")}
-    recipe = write_recipe(models, method, calibration={"data": data, "batch_size": 20}, parameters=parameters)
+    calibration = {"data": {name: f"{name}.safetensors" for name in ("a", "b")}, "batch_size": 20}
+    recipe = write_recipe(models, method, calibration=calibration, parameters=parameters, layers=layers)
     transformers.utils.logging.disable_progress_bar()
     return lambda: run_merge(recipe, models / out, progress=False)["method"]
 
@@ -162,6 +162,14 @@ def samples_in_order(models: Path) -> dict:
     """The same of a merge in execution order, with ridges that hardly amplify the rounding of sums."""
     cases = ("drift_compensation", "blocks"), ("drift_compensation", "memory.pt")
     return shares(models, *cases, ridge=0.1, drift_ridge=1.0)
+
+
+def rules_in_order(models: Path) -> dict:
+    """As :func:`samples_in_order`, with a block and a part of each block that go by other methods."""
+    rules = ("layers.0.", "keep"), ("down_proj", "tsv_m"), ("lm_head", "linear")
+    layers = [{"filter": part, "merge_method": method} for part, method in rules]
+    cases = ("drift_compensation", "blocks"), ("drift_compensation", "memory.pt")
+    return shares(models, *cases, layers=layers, ridge=0.1, drift_ridge=1.0)
 
 
 def shares(models: Path, *cases: tuple[str, str], **parameters) -> dict:
@@ -237,5 +245,5 @@ if __name__ == "__main__":
     output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     torch.set_num_threads(1)  # a process that has computed with several must not be forked
-    scenarios = (same, dry_run, death, samples, samples_in_order, death_amid_blocks, states)
+    scenarios = (same, dry_run, death, samples, samples_in_order, rules_in_order, death_amid_blocks, states)
     print(json.dumps({each.__name__: each for each in scenarios}[sys.argv[1]](Path(sys.argv[2]))))

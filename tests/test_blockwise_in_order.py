@@ -102,9 +102,9 @@ def test_what_surrounds_layers_is_found_without_weights(tmp_path, family):
     expected = trace_dataflow(model, blocks.layers, default_forward, batch)
     if family == "albert":
         with pytest.raises(CheckpointError, match="attention.query.weight' is called several times"):
-            rehearse_flows(blocks, batch)
+            rehearse_flows(blocks, batch, blocks.layers)
     else:
-        assert rehearse_flows(blocks, batch)[1] == expected
+        assert rehearse_flows(blocks, batch, blocks.layers)[1] == expected
 
 
 def test_a_residual_connection_past_a_block():
@@ -118,8 +118,12 @@ def test_a_residual_connection_past_a_block():
 
     with torch.device("meta"):
         model = Model()
+    model = BlockModel(model, "cpu", default_forward)
     with pytest.raises(CheckpointError, match="layer 'blocks.1.weight': what is added .* is beyond its block"):
-        rehearse_flows(BlockModel(model, "cpu", default_forward), torch.zeros(2, 4))
+        rehearse_flows(model, torch.zeros(2, 4), model.layers)
+    others = [layer for layer in model.layers if "blocks.1" not in layer.name]
+    calls, flows = rehearse_flows(model, torch.zeros(2, 4), others)  # which layers of other methods do not matter for
+    assert len(calls) == 3 and not any(flow.skip for flow in flows.values())
 
 
 def test_a_model_that_cannot_be_taken_in_blocks_is_merged_in_memory(tmp_path):

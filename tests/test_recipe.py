@@ -371,8 +371,9 @@ def test_typos_are_refused_with_line_and_nearest_key(text, message):
             "r.yaml:6:38: layers[0].parameters.lambda: expected float, got a list",
         ),
         (
-            BASE + "layers: [{filter: head, merge_method: featcal}]\ncalibration: {data: x}\n",
-            "r.yaml:6:1: layers: method 'featcal' merges a whole model and cannot leave layers to others",
+            BASE
+            + "layers: [{filter: a, merge_method: featcal}, {filter: b, merge_method: esm}]\ncalibration: {data: x}\n",
+            "r.yaml:6:1: layers: 'featcal' and 'esm' both run the model, which one method of a merge can",
         ),
         (
             BASE + "layers: [{filter: head, merge_method: keep}]\ncalibration: {data: x}\n",

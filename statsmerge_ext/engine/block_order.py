@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from statsmerge_ext.calibration import Batch
 from statsmerge_ext.engine.block_sweep import BlockSweep, InMemory
 from statsmerge_ext.engine.blocks import Block, BlockModel
-from statsmerge_ext.engine.dataflow import Flow, tracing
+from statsmerge_ext.engine.dataflow import Flow, flows_among, tracing
 from statsmerge_ext.engine.layer_by_layer import Passes
 from statsmerge_ext.engine.lockstep import Pass, Step, in_step, under_way
 from statsmerge_ext.engine.problem import MergeProblem
 from statsmerge_ext.errors import CheckpointError
 from statsmerge_ext.evidence.observe import Observation, observe
+from statsmerge_ext.layers import Layer
 
 #: The merged model's name among those of the experts, which are not empty.
 _MERGED = ""
@@ -54,7 +55,7 @@ class OrderedSweep(BlockSweep, Passes):
     ) -> None:
         models = {name: model.another() for name in (*problem.experts, _MERGED)}
         BlockSweep.__init__(self, models, calls, problem, directory, budget)
-        Passes.__init__(self, self._batches, models[_MERGED].modules, flows)
+        Passes.__init__(self, self._batches, models[_MERGED].modules, [], flows)
         self._written, self._round = written, rounded
         #: The model of each pass: those of the experts, and then the merged one's.
         self._names = [name for name, _ in self._batches] + [_MERGED] * len(self._batches)
@@ -117,13 +118,13 @@ class OrderedSweep(BlockSweep, Passes):
     @contextmanager
     def _at(self, block: Block) -> Iterator[MergeProblem]:
         """The problem of ``block``, all of whose weights are loaded while the context is open."""
-        self._block = block
+        self._block, self.layers = block, list(block.layers)
         with ExitStack() as stack:
             with self._clock(block, "experts"):
                 loaded = {name: stack.enter_context(self._loaded(name, block)) for name in self._models}
             self.parameters = loaded.pop(_MERGED)
             base = _Computed(self._problem.base)
-            yield replace(self._problem, layers=list(block.layers), base=base, experts=loaded, passes=self)
+            yield replace(self._problem, layers=self.layers, base=base, experts=loaded, passes=self)
             self.parameters = {}
 
     def _weights(self, name: str, block: Block) -> Iterator[tuple[str, Tensor]]:
@@ -161,8 +162,9 @@ class OrderedSweep(BlockSweep, Passes):
             yield
 
 
-def rehearse_flows(model: BlockModel, batch: Batch) -> tuple[list[Block], dict[str, Flow]]:
-    """The blocks in the order of their calls, and the surroundings of layers, found with one sample and no weights.
+def rehearse_flows(model: BlockModel, batch: Batch, layers: list[Layer]) -> tuple[list[Block], dict[str, Flow]]:
+    """The blocks in the order of their calls, and the surroundings of those ``layers`` that are to be merged in
+    execution order, found with one sample and no weights.
 
     Raises:
         CheckpointError: the model cannot be merged in execution order block by block, because a layer is called several
@@ -176,7 +178,8 @@ def rehearse_flows(model: BlockModel, batch: Batch) -> tuple[list[Block], dict[s
         with tracing(modules, model.layers) as flows:
             yield
         # Matrices of a stack cannot be told from each other without memory of their own; nothing surrounds them.
-        found.update({name: flow for name, flow in flows.items() if name not in stacked})
+        flows = {name: flow for name, flow in flows.items() if name not in stacked}
+        found.update(flows_among(flows, layers))
 
     stacked = {layer.name for layer in model.layers if layer.source == "product"}
     calls = model.rehearse(batch, watch)

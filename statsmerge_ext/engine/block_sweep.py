@@ -128,17 +128,19 @@ class BlockSweep:
 
 
 class InMemory(Mapping[str, Tensor]):
-    """A state whose tensors are read to memory of their own, rather than mapped; the last one is kept."""
+    """A state whose tensors are read to memory of their own, rather than mapped; the last one is kept. Several threads
+    may read it."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = state
         self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, key: str) -> Tensor:
-        if self._last is None or self._last[0] != key:
-            self._last = None
-            self._last = (key, self._read(key))
-        return self._last[1]
+        last = self._last
+        if last is None or last[0] != key:
+            last = self._last = None  # its memory is free before more is taken
+            last = self._last = (key, self._read(key))
+        return last[1]
 
     def _read(self, key: str) -> Tensor:
         if not has_runs(self._state, key):

@@ -7,9 +7,9 @@ it, and a residual connection that its output is added to. Both are found from t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from statsmerge_ext.engine.affine import shifts_of
 from statsmerge_ext.evidence.observe import Observation, observe
 from statsmerge_ext.layers import Layer
 
@@ -75,6 +76,17 @@ def tracing(model: nn.Module, layers: list[Layer]) -> Iterator[dict[str, Flow]]:
             flow.norm = None  # called again, elsewhere perhaps
         if flow.norm is not None and flow.skip is None:
             flow.skip = tracer.flows[flow.norm.name].skip
+
+
+def flows_among(flows: Mapping[str, Flow], layers: list[Layer]) -> dict[str, Flow]:
+    """``flows`` where only ``layers`` are to be merged: all others have no surroundings, and neither has a layer before
+    a BatchNorm whose scale or shift is not among them."""
+    names, shifts = {layer.name for layer in layers}, shifts_of(layers)
+
+    def is_among(name: str, flow: Flow) -> bool:
+        return name in names and (flow.norm is None or flow.norm.name in shifts)
+
+    return {name: flow if is_among(name, flow) else replace(flow, norm=None, skip=None) for name, flow in flows.items()}
 
 
 class _Tracer(TorchFunctionMode):

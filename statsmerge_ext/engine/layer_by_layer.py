@@ -18,7 +18,7 @@ from statsmerge_ext import ops
 from statsmerge_ext.calibration import Batch
 from statsmerge_ext.engine import processes
 from statsmerge_ext.engine.affine import Affine, batch_norm_map, divisible, shifts_of
-from statsmerge_ext.engine.dataflow import Flow
+from statsmerge_ext.engine.dataflow import Flow, flows_among
 from statsmerge_ext.engine.lockstep import Step
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
@@ -36,7 +36,8 @@ class ExpertEvidence:
     """What one expert says of a layer.
 
     Attributes:
-        map: the expert's own layer; with the BatchNorm after it where there is one, less the merged model's.
+        map: the expert's own layer; with the BatchNorm after it where there is one, less the merged model's. Where the
+            layer's bias is another method's, it is less that of the merged model.
         moments: of the merged model's inputs, and of what the merged layer should make of them: what the expert's
             layer makes of the expert's inputs, plus what the residual connection around it lacks by now.
     """
@@ -52,7 +53,8 @@ class LayerEvidence:
     Attributes:
         layer: of kind "linear", "conv" or "scale".
         base: the base's layer.
-        shifted: the shift is to be fitted too. It is the layer's bias, or that of the BatchNorm after it.
+        shifted: the shift is to be fitted too. It is the layer's bias, or that of the BatchNorm after it; not one that
+            is another method's.
         normed: there is a BatchNorm after it, whose factors are those of the experts' mean.
         experts: gives the experts' evidence one by one, once; each is computed when it is asked for.
     """
@@ -75,15 +77,18 @@ class Passes:
     Args:
         batches: (expert, batch) of each pair of passes; of several processes, those of this one.
         merged: the merged model's modules.
+        layers: all layers that the passes go through, those of other methods, too.
         flows: the surroundings of its layers.
 
     Attributes:
         parameters: key -> the merged model's parameters, which are replaced in place.
-        changed: whether some expert has changed a layer that the passes have come to.
+        changed: whether some expert differs from what the problem's base has of a layer that the passes have come to.
     """
 
-    def __init__(self, batches: list[tuple[str, Batch]], merged: nn.Module, flows: Mapping[str, Flow]) -> None:
-        self.batches, self.merged, self.flows = batches, merged, flows
+    def __init__(
+        self, batches: list[tuple[str, Batch]], merged: nn.Module, layers: list[Layer], flows: Mapping[str, Flow]
+    ) -> None:
+        self.batches, self.merged, self.layers, self.flows = batches, merged, layers, flows
         self.parameters: Mapping[str, Tensor] = dict(merged.named_parameters(remove_duplicate=False))
         self.changed = False
 
@@ -108,10 +113,12 @@ class LayerByLayer:
         self, problem: MergeProblem, passes: Passes, fit: Fit, shifts: bool, surroundings: bool, feature_mix: float
     ) -> None:
         self._problem, self._passes, self._fit, self._feature_mix = problem, passes, fit, feature_mix
+        self._own = {layer.name for layer in problem.layers}
+        self._biases = shifts_of(passes.layers)
         self._shifts = shifts_of(problem.layers) if shifts else {}
-        self._flows = passes.flows
-        if not (shifts and surroundings):
-            self._flows = {name: replace(flow, norm=None, skip=None) for name, flow in passes.flows.items()}
+        # Those that belong to other methods, of layers that are merged here.
+        self._fixed = {name: self._biases[name] for name in self._biases if shifts and name not in self._shifts}
+        self._flows = flows_among(passes.flows, problem.layers if shifts and surroundings else [])
         self._skips: dict[str, list] = {}  # layer -> what its residual connection carries, a pair a batch
         self._sums: dict[tuple[str, str], Moments] = {}  # of layers that are called again, and experts
         self._counts: dict[str, Tensor] = {}  # of each embedding's rows, [K, rows]
@@ -123,10 +130,10 @@ class LayerByLayer:
         problem, parameters = self._problem, self._passes.parameters
         progress = tqdm(total=len(self._flows), desc="Merging", unit="layer", disable=not problem.progress)
         with torch.no_grad(), progress, closing(self._passes.steps()) as steps:
-            for layer in problem.layers:
+            for layer in self._passes.layers:
                 for part in self._in_parts(layer, _AVERAGED):
-                    mean = torch.stack(problem.task_vectors(part)).mean(0)
-                    self._store(part, problem.base_part(part) + mean)
+                    base, mean = problem.base_part(part), torch.stack(problem.task_vectors(part)).mean(0)
+                    self._store(part, base + mean if layer.name in self._own else base)
             for step in steps:
                 for layer in step.layers:
                     self._arrive(layer, step)
@@ -137,7 +144,8 @@ class LayerByLayer:
         )
 
     def _arrive(self, layer: Layer, step: Step) -> None:
-        """All passes are about to call ``layer``: merge it, and put the result where they will find it."""
+        """All passes are about to call ``layer``: merge it, unless another method has, and put the result where they
+        will find it."""
         half = len(self._passes.batches)
         calls = [
             _Call(place, name, batch, own, now)
@@ -151,14 +159,15 @@ class LayerByLayer:
         for name, flow in self._flows.items():
             if flow.skip == layer.name:
                 self._skips[name] = [call.inputs() for call in calls]
-        parts = [part for part in (layer, self._shifts.get(layer.name)) if part]
+        parts = [part for part in (layer, self._biases.get(layer.name)) if part]
         passes = self._passes
         passes.changed = passes.changed or any(
             bool(t.any()) for part in parts for t in self._problem.task_vectors(part)
         )
-        if passes.changed and layer.kind == "embedding":
+        to_merge = passes.changed and layer.name in self._own
+        if to_merge and layer.kind == "embedding":
             self._average_rows(layer, calls)
-        elif passes.changed and layer.name not in self._solved_norms:
+        elif to_merge and layer.name not in self._solved_norms:
             can_be_cut = layer.kind == "linear" and not layer.transposed
             for part in self._in_parts(layer, _SOLVED) if can_be_cut else (layer,):
                 self._solve(layer, part, calls)
@@ -166,22 +175,27 @@ class LayerByLayer:
 
     def _solve(self, whole: Layer, layer: Layer, calls: list[_Call]) -> None:
         """Solve ``layer``, some or all rows of ``whole``."""
-        flow, shift = self._flows.get(whole.name, Flow()), self._shifts.get(whole.name)
-        shift = shift and replace(shift, rows=layer.rows)
+        flow = self._flows.get(whole.name, Flow())
+        shift, fixed = (
+            found and replace(found, rows=layer.rows)
+            for found in (self._shifts.get(whole.name), self._fixed.get(whole.name))
+        )
         norm = flow.norm and self._passes.merged.get_submodule(flow.norm.module)
         if norm is not None:
             scale, summand = batch_norm_map(norm, "", norm.state_dict())
             scale = divisible(scale)
 
-        def affine(part: Callable[[Layer], Tensor]) -> Affine:
-            return Affine(layer, part(layer) + flow.offset, shift and part(shift))
+        def affine(part: Callable[[Layer], Tensor], bias: Layer | None) -> Affine:
+            return Affine(layer, part(layer) + flow.offset, bias and part(bias))
 
         def experts() -> Iterator[ExpertEvidence]:
             for name, state in self._problem.experts.items():
-                own = affine(lambda part, name=name: self._problem.expert_part(part, name))
+                own = affine(lambda part, name=name: self._problem.expert_part(part, name), shift or fixed)
                 if norm is not None:
                     own_scale, own_summand = batch_norm_map(norm, flow.norm.module, state)
                     own = own.then(own_scale / scale, (own_summand - summand) / scale)
+                if fixed:  # the merged model has it already
+                    own = replace(own, shift=own.shift - fixed.part(self._passes.parameters[fixed.parameter]))
                 moments = self._sums.pop((layer.name, name), None) or Moments.zeros_like(own.matrices)
                 for call in calls:
                     if call.expert == name and call.now:
@@ -195,7 +209,7 @@ class LayerByLayer:
                 ops.symmetrize_(moments.gram)
                 yield ExpertEvidence(own, moments)
 
-        base = affine(self._problem.base_part)
+        base = affine(self._problem.base_part, shift)
         shifted = shift is not None or norm is not None
         fitted = self._fit(LayerEvidence(layer, base, shifted, norm is not None, experts()))
         if fitted is None:

@@ -37,6 +37,11 @@ def merge_in_execution_order(
     parameters, the statistics of BatchNorm. Up to the first layer that some expert changed, everything is the base's
     own.
 
+    Where the problem's layers are some of the model's, the others are what its base has, and the layers are solved
+    around them: what the merged model makes of its input passes through them as they are. A BatchNorm whose scale or
+    shift is not among the layers is no part of the layer before it. A bias that is not among them is there already
+    when its weight is solved; one whose weight is not among them stays the experts' mean.
+
     A layer that is called several times in a forward pass is solved at each call from the sums over all calls so far:
     what comes after a call sees what was known then, and the last solution stands.
 
@@ -60,7 +65,8 @@ class _ModelPasses(Passes):
         ]
         model = problem.model.eval()
         first = next(batch for of_expert in problem.batches.values() for batch in of_expert)
-        super().__init__(batches, model, trace_dataflow(model, problem.layers, problem.forward, one_sample(first)))
+        layers = problem.model_layers
+        super().__init__(batches, model, layers, trace_dataflow(model, layers, problem.forward, one_sample(first)))
         self._problem = problem
         self._experts = {name: _with_state(model, state) for name, state in problem.experts.items()}
         model.load_state_dict(merge_buffers(problem, self.parameters, reestimate=False), strict=False)
@@ -68,7 +74,7 @@ class _ModelPasses(Passes):
     def steps(self) -> Iterator[Step]:
         passes = [(self._experts[name], batch) for name, batch in self.batches]
         passes += [(self.merged, batch) for _, batch in self.batches]
-        return lockstep(passes, self._problem.layers, self._problem.forward)
+        return lockstep(passes, self.layers, self._problem.forward)
 
 
 def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

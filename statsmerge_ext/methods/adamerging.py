@@ -14,7 +14,7 @@ from statsmerge_ext.methods.registry import register_method
 from statsmerge_ext.methods.ties import Election
 
 
-@register_method("adamerging", needs=("batches",), partial=True)
+@register_method("adamerging", needs=("batches",))
 def adamerging(
     problem: MergeProblem,
     *,

@@ -16,7 +16,7 @@ from statsmerge_ext.methods.matrices import polar_factor
 from statsmerge_ext.methods.registry import register_method
 
 
-@register_method("esm", needs=("batches",), partial=True)
+@register_method("esm", needs=("batches",))
 def esm(problem: MergeProblem, *, scaling_factor: float = 1.0, polarisation: float = 2.0) -> Solution:
     """θ = θ_0 + λ U V for each weight matrix. P_k are the r / K directions of most energy in what the task vector does
     to the outputs, the leading eigenvectors of τ_k X_kᵀ X_k τ_kᵀ with X_k the layer's inputs in expert k, r being the

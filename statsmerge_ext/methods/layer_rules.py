@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,12 +38,11 @@ class LayerRule:
 def by_rules(main: str | Method, rules: Sequence[LayerRule]) -> Method:
     """``main``, but that layers go by the first of the ``rules`` that fits them. Without rules, ``main`` itself.
 
-    Each method sees the layers that are its own and no others: TIES takes its share of their entries. Where one learns
-    through the model, all other layers are merged before, and are as they will be while it learns.
+    Each method sees the layers that are its own and no others: TIES takes its share of their entries. Where one runs
+    the model, all other layers are merged before, and are as they will be while it runs.
 
     Raises:
-        MethodError: an unknown method or hyperparameter; a method that cannot leave layers to others; two that run
-            the model.
+        MethodError: an unknown method or hyperparameter; two methods that run the model.
     """
     main = _as_method(main)
     methods = []
@@ -55,18 +55,19 @@ def by_rules(main: str | Method, rules: Sequence[LayerRule]) -> Method:
     if not rules:
         return main
     running = [method for method in (*methods, main) if "batches" in method.needs]
-    for method in running:
-        if not method.partial:
-            raise MethodError(f"layers: method {method.name!r} merges a whole model and cannot leave layers to others")
     if len(running) > 1:
         names = " and ".join(repr(method.name) for method in running)
         raise MethodError(f"layers: {names} both run the model, which one method of a merge can")
+    needs = main.needs.union(*(method.needs for method in methods))
     return _RuledMethod(
         main.name,
         main.function,
-        main.needs.union(*(method.needs for method in methods)),
+        needs,
         main.hyperparameters,
         by_layer=all(method.by_layer for method in (*methods, main)),
+        in_order=any(method.in_order for method in running)
+        and all(method.by_block for method in (*methods, main))
+        and "grams" not in needs,
         main=main,
         rules=tuple(rules),
         methods=tuple(methods),
@@ -110,6 +111,9 @@ class _RuledMethod(Method):
         names = {layer.name for part in self._parts(layers, {}) for layer in part.method.watched(part.layers)}
         return [layer for layer in layers if layer.name in names]
 
+    def ordered(self, layers: Iterable[Layer]) -> list[Layer]:
+        return [layer for part in self._parts(layers, {}) if part.method.in_order for layer in part.layers]
+
     def identity(self, hyperparameters: Mapping[str, object]) -> dict:
         return {**self.main.identity(hyperparameters), "rules": [str(rule) for rule in self.rules]}
 
@@ -127,7 +131,11 @@ class _RuledMethod(Method):
 
     def __call__(self, problem: MergeProblem, **hyperparameters) -> Solution:
         self.check(hyperparameters)
-        parts = [part for part in self._parts(problem.layers, hyperparameters) if part.layers]
+        parts = [
+            part
+            for part in self._parts(problem.layers, hyperparameters)
+            if part.layers or (problem.passes and part.method.in_order)  # passes go through all layers
+        ]
         parts.sort(key=lambda part: "batches" in part.method.needs)
         fixed: dict[str, Tensor] = {}
         solutions = []
@@ -139,7 +147,7 @@ class _RuledMethod(Method):
                 own = _starting_from(own, fixed)
             solutions.append((part.layers, part.method(own, **part.hyperparameters)))
         solution = joined(problem, solutions)
-        return replace(solution, coefficients=None) if self.by_layer and self.needs else solution
+        return replace(solution, coefficients=None) if self.by_block and self.needs else solution
 
     def _parts(self, layers: Iterable[Layer], hyperparameters: Mapping[str, object]) -> list[_Part]:
         """A part for each of the rules, and last the one of all other layers."""
@@ -157,8 +165,9 @@ def _as_method(method: str | Method) -> Method:
 
 def _starting_from(problem: MergeProblem, merged: Mapping[str, Tensor]) -> MergeProblem:
     """``problem`` with a base that has what is ``merged`` already."""
-    first = {key: layer.parameter for layer in problem.model_layers for key in layer.tied}
-    return replace(problem, base={key: merged.get(first.get(key, key), tensor) for key, tensor in problem.base.items()})
+    known = [layer for layer in problem.model_layers if layer.parameter in merged]
+    tied = {key: merged[layer.parameter] for layer in known for key in layer.tied}
+    return replace(problem, base=ChainMap({**merged, **tied}, problem.base))
 
 
 def _paths(rule: LayerRule, layers: Iterable[Layer]) -> set[str]:

@@ -20,6 +20,7 @@ from statsmerge_ext.errors import MethodError
 from statsmerge_ext.layers import Layer
 
 #: What a method can ask for beyond the weights: "grams" (Gram evidence) and "batches" (unlabelled batches and heads).
+#: With these it runs the model, whose other layers, where its problem's are some, are what the problem's base has.
 NEEDS = frozenset({"grams", "batches"})
 #: Arguments of ``merge`` itself: a hyperparameter of such a name would never reach its method.
 RESERVED = frozenset(
@@ -50,9 +51,8 @@ class Method:
     ``by_layer`` says that what becomes of a layer depends on that layer and its evidence alone, so that the method may
     be given the layers of a model in several problems, and of those that are neither linear nor convolutions a few rows
     at a time; what its result has beside parameters and notes does not outlast such a merge. ``in_order`` says of a
-    method that it merges in execution order, so that it may be given the blocks of a model one by one in that order.
-    ``partial`` says of a method that runs the model that it can merge some of the layers, the others being what the
-    problem's base has.
+    method that it merges in execution order, so that it may be given the blocks of a model one by one in that order,
+    also those in which none of the layers is its own.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Method:
     hyperparameters: Mapping[str, object]
     by_layer: bool = False
     in_order: bool = False
-    partial: bool = False
 
     @classmethod
     def of(
@@ -72,7 +71,6 @@ class Method:
         *,
         by_layer: bool = False,
         in_order: bool = False,
-        partial: bool = False,
     ) -> Method:
         """The method that ``function`` is.
 
@@ -86,7 +84,7 @@ class Method:
         if taken := sorted(RESERVED.intersection(argument.name for argument in arguments)):
             raise MethodError(f"method {name!r}: its hyperparameter {taken[0]!r} is an argument of merge; rename it")
         defaults = {argument.name: argument.default for argument in arguments}
-        return cls(name, function, needs, defaults, by_layer, in_order, partial)
+        return cls(name, function, needs, defaults, by_layer, in_order)
 
     @property
     def by_block(self) -> bool:
@@ -109,6 +107,10 @@ class Method:
         """Those of a model's ``layers`` that the method needs Gram evidence of."""
         return list(layers) if "grams" in self.needs else []
 
+    def ordered(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Those of a model's ``layers`` that the method merges in execution order."""
+        return list(layers) if self.in_order else []
+
     def identity(self, hyperparameters: Mapping[str, object]) -> dict:
         """What decides the result of a merge, as far as the method does, JSON-able."""
         return {"method": self.name, "hyperparameters": {name: str(x) for name, x in hyperparameters.items()}}
@@ -129,7 +131,6 @@ def register_method(
     needs: Iterable[str] = (),
     by_layer: bool = False,
     in_order: bool = False,
-    partial: bool = False,
 ) -> Callable:
     """Decorator that makes a function available as the method ``name``; further arguments as in :class:`Method`.
 
@@ -139,7 +140,7 @@ def register_method(
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
         if name in _methods and _methods[name].function is not function:
             raise MethodError(f"a method named {name!r} is already registered")
-        _methods[name] = Method.of(name, function, needs, by_layer=by_layer, in_order=in_order, partial=partial)
+        _methods[name] = Method.of(name, function, needs, by_layer=by_layer, in_order=in_order)
         return function
 
     return register

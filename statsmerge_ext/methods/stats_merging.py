@@ -23,7 +23,7 @@ from statsmerge_ext.methods.registry import register_method
 STATISTICS = ("mean", "variance", "norm", "sigma")
 
 
-@register_method("stats_merging", needs=("batches",), partial=True)
+@register_method("stats_merging", needs=("batches",))
 def stats_merging(
     problem: MergeProblem,
     *,

@@ -12,7 +12,10 @@ from torch import nn
 from statsmerge_ext import merge
 from tests.closed_forms import make_experts, relative_error
 from tests.execution_order import (
+    LAYERS,
     OPTIONS,
+    SKIPS,
+    Encoder,
     ResidualBlock,
     compensate,
     inputs,
@@ -82,33 +85,6 @@ class Branching(nn.Module):
 def test_branching_network():
     torch.manual_seed(0)
     check(Branching(), inputs(40, 6), ["one", "two", "out", "gate"])
-
-
-class Attention(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (part(x).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Encoder(nn.Module):
-    """A pre-norm transformer layer, written out."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 12), nn.Linear(12, width)
-
-    def forward(self, x):
-        x = x + self.attention(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-LAYERS = ("norm1", *(f"attention.{name}" for name in ("q", "k", "v", "out")), "norm2", "up", "down")
-SKIPS = {"attention.out": "norm1", "down": "norm2"}
 
 
 def test_transformer():

@@ -236,7 +236,7 @@ def test_what_is_fixed_is_fixed_under_all_names_of_a_tied_parameter():
         starts.append((dict(problem.base), [layer.name for layer in problem.layers]))
         return problem.map_layers(lambda layer, start, task_vectors: start + task_vectors[0])
 
-    method = Method.of("learns", learns, ("batches",), partial=True)
+    method = Method.of("learns", learns, ("batches",))
     rules = [LayerRule("head", "linear")]
     state = merge(method, base=base, experts=make_experts(base), layers=rules, calibration=tokens).state
     ((start, names),) = starts
@@ -287,12 +287,6 @@ def test_unknown_methods_and_hyperparameters_are_refused():
     assert refusal("lot", LayerRule("head", hyperparameters={"rigde": 1})).startswith(
         "layers[0] ('head'): method 'lot' has no hyperparameter 'rigde' (did you mean 'ridge'?)"
     )
-
-
-@pytest.mark.parametrize("method", ["drift_compensation", "regmean_plus_plus", "featcal"])
-def test_methods_that_merge_a_whole_model_take_no_rules(method):
-    expected = f"layers: method {method!r} merges a whole model and cannot leave layers to others"
-    assert refusal(method, LayerRule("head", "keep")) == refusal("linear", LayerRule("head", method)) == expected
 
 
 def test_only_one_method_can_run_the_model():

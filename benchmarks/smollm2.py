@@ -1,10 +1,11 @@
 """SmolLM2-135M merged: three experts fine-tuned on real texts, and the perplexity of every merge on held-out texts.
 
-    python benchmarks/smollm2.py [--keep DIR] [--report]
+    python benchmarks/smollm2.py [--seed 0] [--keep DIR] [--report]
 
-All merges go by recipes from directory to directory, LOT Merging and RegMean block by block. Writes
-benchmarks/results/smollm2.json and the tables of docs/smollm2.md; the models are removed at the end. With --keep they
-stay in DIR, and an interrupted run goes on there. Needs the extra "bench".
+A seed draws other texts and trains experts of its own; the tables are of all seeds that were measured. Merges go by
+recipes from directory to directory, LOT Merging and RegMean block by block. Writes benchmarks/results/smollm2.json and
+the tables of docs/smollm2.md; the models are removed at the end. With --keep they stay in DIR, and an interrupted run
+goes on there. Needs the extra "bench".
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 
 import yaml
 from results import RESULTS, ROOT, environment, measured, put
@@ -45,6 +48,7 @@ class Settings:
     """How much is trained, looked at and measured; a window is as many tokens of running text.
 
     Attributes:
+        seed: of the draw of texts, and all that is random in merges.
         steps, batch, lr: of fine-tuning an expert: AdamW steps, windows in each, the largest learning rate.
         validation, test: windows of each domain.
         samples, followed, taught: windows of each domain that methods with Gram matrices, drift compensation and
@@ -53,6 +57,7 @@ class Settings:
         factors: method -> the scaling factors that the validation windows choose from; LOT's have 1 among them.
     """
 
+    seed: int = 0
     tokens: int = 256
     steps: int = 40
     batch: int = 1
@@ -121,7 +126,7 @@ class Bench:
                 save_file({"input_ids": self.windows[name]["train"]}, self.directory / f"{name}-samples.safetensors")
         path = self.directory / f"{out}.yml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        return run_merge(path, self.directory / out, progress=False, overwrite=True)
+        return run_merge(path, self.directory / out, random_seed=self.settings.seed, progress=False, overwrite=True)
 
     def perplexities(self, name: str, split: str) -> dict[str, float]:
         """Domain -> perplexity of a model in the directory."""
@@ -197,49 +202,58 @@ class Bench:
         return self.facts
 
 
-def report(facts: dict) -> None:
-    """Write the tables of the page."""
-    rows, stages, domains = facts["rows"], facts["stages"], list(facts["windows"])
+def report(seeds: Sequence[dict]) -> None:
+    """Write the tables of the page from the facts of some seeds."""
+    first, domains = seeds[0], list(seeds[0]["windows"])
 
-    def above(name: str, domain: str) -> float:
-        """By how much a model's perplexity exceeds that of the domain's expert."""
-        return rows[name]["test"][domain] / rows[domain]["test"][domain] - 1
+    def above(facts: dict, name: str, domain: str) -> float:
+        """By how much, in percent, a model's perplexity exceeds that of the domain's expert."""
+        return 100 * (facts["rows"][name]["test"][domain] / facts["rows"][domain]["test"][domain] - 1)
 
-    def mean_above(name: str) -> float:
-        return math.exp(sum(math.log1p(above(name, domain)) for domain in domains) / len(domains)) - 1
+    def mean_above(facts: dict, name: str) -> float:
+        return 100 * (geometric_mean(1 + above(facts, name, domain) / 100 for domain in domains) - 1)
 
     lines = []
-    for name, row in rows.items():
+    for name, row in first["rows"].items():
         title = f"expert of {name}" if name in domains else name
         if "scaling_factor" in row:
-            title += f", λ = {row['scaling_factor']:g}"
-        cells = [f"{row['test'][domain]:.2f} ({100 * above(name, domain):+.1f} %)" for domain in domains]
-        spent = stages.get(f"merging, {name}")
+            chosen = dict.fromkeys(f"{facts['rows'][name]['scaling_factor']:g}" for facts in seeds)
+            title += f", λ = {', '.join(chosen)}"
+        cells = []
+        for domain in domains:
+            perplexity = geometric_mean(facts["rows"][name]["test"][domain] for facts in seeds)
+            cells.append(f"{perplexity:.2f} ({_with_range([above(facts, name, domain) for facts in seeds])} %)")
+        spent = [facts["stages"].get(f"merging, {name}", {}).get("processor_seconds") for facts in seeds]
         merges = len(row.get("validation", [""])) if name != "lot" else 1  # LOT's is solved once
-        lines.append(
-            [
-                title,
-                *cells,
-                f"{100 * mean_above(name):+.1f} %",
-                f"{spent['processor_seconds'] / merges:.0f}" if spent else "",
-            ]
-        )
+        mean = f"{_with_range([mean_above(facts, name) for facts in seeds])} %"
+        lines.append([title, *cells, mean, f"{statistics.median(spent) / merges:.0f}" if spent[0] else ""])
     table = markdown_table(["perplexity", *domains, "mean", "merging, s"], lines)
     sentences = []
     for name in ("lot", "task_arithmetic"):
-        worst = max(domains, key=partial(above, name))
-        sentences.append(f"`{name}` exceeds no expert by more than {100 * above(name, worst):.1f} % ({worst}).")
+        worst, domain = max((above(facts, name, domain), domain) for facts in seeds for domain in domains)
+        sentences.append(f"`{name}` exceeds no expert by more than {worst:.1f} % ({domain}).")
     caption = (
         "Experts are fine-tuned in {steps} steps of {batch} window(s) of {tokens} tokens, learning rate {lr:g}. LOT "
         "Merging and RegMean see {samples} windows a domain, drift compensation {followed}, StatsMerging {taught} "
         "in {epochs} epochs. Scaling factors are chosen on {validation} windows; perplexities are those of {test}. "
-    ).format(**facts["settings"]) + measured(facts["environment"])
-    put(PAGE, "perplexity", f"{caption}\n\n{table}\n\n{' '.join(sentences)}")
+    ).format(**first["settings"])
+    spread = f"Geometric means of {len(seeds)} seeds; ± half the range. " if len(seeds) > 1 else "One seed. "
+    when = " ".join(dict.fromkeys(measured(facts["environment"]) for facts in seeds))
+    put(PAGE, "perplexity", f"{caption}{spread}{when}\n\n{table}\n\n{' '.join(sentences)}")
     kinds = ("seconds", "processor_seconds")
-    times = [[name, *(f"{spent[kind]:.0f}" for kind in kinds)] for name, spent in stages.items()]
-    times.append(["all", *(f"{sum(spent[kind] for spent in stages.values()):.0f}" for kind in kinds)])
-    table = markdown_table([f"{facts['environment']['threads']} thread(s)", "seconds", "seconds of processors"], times)
-    put(PAGE, "seconds", table)
+    times = [
+        [stage, *(f"{statistics.median(facts['stages'][stage][kind] for facts in seeds):.0f}" for kind in kinds)]
+        for stage in first["stages"]
+    ]
+    whole = [[sum(spent[kind] for spent in facts["stages"].values()) for facts in seeds] for kind in kinds]
+    times.append(["all", *(f"{statistics.median(of_kind):.0f}" for of_kind in whole)])
+    threads = f"{first['environment']['threads']} thread(s), medians"
+    put(PAGE, "seconds", markdown_table([threads, "seconds", "seconds of processors"], times))
+
+
+def _with_range(values: Sequence[float]) -> str:
+    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{spread}"
 
 
 def main() -> None:
@@ -247,15 +261,20 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="leave the models there, and go on with those that are there"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of texts and merges")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    if options.report:
-        return report(json.loads(RECORDS.read_text(encoding="utf-8")))
+    if not options.report:
+        measure(Settings(options.seed), options.keep)
+    report(list(json.loads(RECORDS.read_text(encoding="utf-8")).values()))
+
+
+def measure(settings: Settings, keep: Path | None) -> None:
+    """Measure all of a seed, with models that are kept, if anywhere, in ``keep``."""
     keep_freed_memory()
     logging.disable_progress_bar()
-    settings = Settings()
     with tempfile.TemporaryDirectory(prefix="statsmerge-") as scratch:
-        directory = options.keep or Path(scratch) / "models"
+        directory = keep or Path(scratch) / "models"
         directory.mkdir(parents=True, exist_ok=True)
         store = PackageStore(Path(scratch))
         bench = Bench(directory, {}, settings)
@@ -265,12 +284,13 @@ def main() -> None:
         if "reading texts" not in bench.facts["stages"]:
             with bench.stage("reading texts"):
                 tokenizer = AutoTokenizer.from_pretrained(directory / "base")
-                save_windows(read_windows(store, tokenizer, settings.tokens), directory)
+                save_windows(read_windows(store, tokenizer, settings.tokens, settings.seed), directory)
         bench.windows |= load_windows(directory)
         counts = {name: {part: len(rows) for part, rows in parts.items()} for name, parts in bench.windows.items()}
         facts = {"environment": environment(), "windows": counts, **bench.run()}
-    RECORDS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    report(facts)
+    known = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else {}
+    known[str(settings.seed)] = facts
+    RECORDS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

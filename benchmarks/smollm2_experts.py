@@ -78,11 +78,11 @@ def windows(documents: Documents, tokenizer: object, tokens: int, seed: int = 0)
     return cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))]
 
 
-def read_windows(store: PackageStore, tokenizer: object, tokens: int) -> Windows:
+def read_windows(store: PackageStore, tokenizer: object, tokens: int, seed: int) -> Windows:
     """All domains, split and cut."""
-    parts = {domain: split(read(store)) for domain, read in DOMAINS.items()}
+    parts = {domain: split(read(store), seed) for domain, read in DOMAINS.items()}
     return {
-        domain: {name: windows(texts, tokenizer, tokens) for name, texts in of_domain.items()}
+        domain: {name: windows(texts, tokenizer, tokens, seed) for name, texts in of_domain.items()}
         for domain, of_domain in parts.items()
     }
 

@@ -166,12 +166,22 @@ def test_page(facts, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("<!-- perplexity -->\n<!-- /perplexity -->\n<!-- seconds -->\n<!-- /seconds -->\n")
     monkeypatch.setattr(smollm2, "PAGE", page)
-    smollm2.report(json.loads(json.dumps(facts)))
+    one = json.loads(json.dumps(facts))
+    smollm2.report([one])
     text = page.read_text()
     for name, row in facts["rows"].items():
         line = next(line for line in text.splitlines() if line.startswith(("| " + name, f"| expert of {name}")))
         assert all(f" {value:.2f} " in line for value in row["test"].values())
     assert f"λ = {facts['rows']['lot']['scaling_factor']:g}" in text and "| all " in text
+    other = json.loads(json.dumps(facts))
+    domain = next(iter(smollm2_experts.DOMAINS))
+    other["rows"]["lot"]["test"][domain] *= 1.02
+    smollm2.report([one, other])
+    line = next(line for line in page.read_text().splitlines() if line.startswith("| lot"))
+    before = 100 * (facts["rows"]["lot"]["test"][domain] / facts["rows"][domain]["test"][domain] - 1)
+    after = 1.02 * (100 + before) - 100
+    assert f"({(before + after) / 2:+.1f} ± {(after - before) / 2:.1f} %)" in line
+    assert "2 seeds" in page.read_text()
 
 
 def test_one_window_a_step_is_enough():

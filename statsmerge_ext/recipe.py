@@ -28,12 +28,13 @@ KEYS = (
     "out_dtype",
     "tokenizer",
     "tokenizer_source",
+    "chat_template",
     "calibration",
     "buffers",
     "vocab",
 )
 #: Keys of mergekit's format, and of this one to come, that are known but cannot be honoured.
-UNSUPPORTED_KEYS = ("slices", "modules", "chat_template", "statistics", "coefficients", "evaluation")
+UNSUPPORTED_KEYS = ("slices", "modules", "statistics", "coefficients", "evaluation")
 MODEL_KEYS = ("model", "name", "parameters")
 CALIBRATION_KEYS = ("data", "samples", "batch_size", "max_length", "seed")
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
@@ -59,6 +60,7 @@ class Recipe:
         calibration: unlabelled samples, for methods that look at data; else None.
         vocab: "same": experts have the base's vocabulary; "common": they are merged where they share it.
         tokenizer: the directory that the output's tokenizer and chat template come from; None: the base's.
+        chat_template: one in Jinja to take in its place, or "auto" for the one that most of the models have.
     """
 
     method: str
@@ -72,6 +74,7 @@ class Recipe:
     calibration: CalibrationSource | None = None
     vocab: str = "same"
     tokenizer: Path | None = None
+    chat_template: str | None = None
 
     @property
     def chosen(self) -> Method:
@@ -132,6 +135,7 @@ def parse_recipe(text: str, *, directory: str | os.PathLike = ".", name: str = "
         calibration=_read_calibration(document, content, [model.name for model in models]),
         vocab=document.one_of(content.get("vocab", VOCABULARIES[0]), ("vocab",), VOCABULARIES),
         tokenizer=_read_tokenizer(document, content, base, models),
+        chat_template=_read_chat_template(document, content),
         text=text,
     )
     _check_methods(document, recipe, content)
@@ -224,6 +228,13 @@ def _read_tokenizer(
         names = ", ".join(model.name for model in models)
         raise document.error(keys, f"expected 'base' or one of the models ({names}), got {source!r}")
     return known.get(source, path)
+
+
+def _read_chat_template(document: LocatedYaml, content: dict[str, object]) -> str | None:
+    template = content.get("chat_template")
+    if template is not None and not (isinstance(template, str) and (template == "auto" or "{" in template)):
+        raise document.error(("chat_template",), f"expected 'auto' or a template in Jinja, got {template!r}")
+    return template
 
 
 def _read_calibration(

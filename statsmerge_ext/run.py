@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from statsmerge_ext.blockwise import BlockMerge, write_blockwise
 from statsmerge_ext.checkpoints.architecture import build_model, module_state
+from statsmerge_ext.checkpoints.chat_template import most_common_chat_template, with_chat_template
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.page_cache import can_hold
 from statsmerge_ext.checkpoints.partial import partial_path
@@ -140,6 +141,7 @@ def run_merge(
         journal.unlink(missing_ok=True)
     facts = {"plan": plan, **({"vocabulary": inputs.vocabulary} if inputs.vocabulary else {})}
     tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
+    template = _chat_template_files(recipe, tokenizer)
     model = build_model(base).to(device) if recipe.needs_data and not blocks else None
     if blocks:
         merged, write = blocks, write_blockwise
@@ -154,11 +156,12 @@ def run_merge(
         identity = {**inputs.identity(), "options": [str(device), shard_bytes, random_seed, budget]}
         writing = {"resume": resume, "shard_bytes": None if is_file(out) else shard_bytes, "stays_cached": stays_cached}
         write = partial(write, merged, out, infos, identity, progress=progress, **writing)
-        return _write(write, merged, inputs, out, infos, facts, tokenizer)
+        return _write(write, merged, inputs, out, infos, facts, tokenizer, template)
     result = merged.computed(model)
     report = {**result.report, **({"in_memory": why_not} if why_not else {}), **facts}
     files = accompanying_files(recipe, report, result.coefficients, result.learner)
     writing = {"shard_size": out_shard_size, "copy_tokenizer": copy_tokenizer, "tokenizer": recipe.tokenizer}
+    files |= {} if is_file(out) else template
     form = {"out_dtype": recipe.out_dtype, "files": files, "overwrite": overwrite, "progress": progress}
     write_whole(result.state, result.model, base, out, **form, **writing)
     return report
@@ -204,6 +207,7 @@ def _write(
     infos: Mapping[str, TensorInfo],
     facts: Mapping[str, object],
     tokenizer: Path | None,
+    template: Mapping[str, str],
 ) -> dict:
     """Compute and write a merge at once, with what belongs beside the weights; returns the report."""
 
@@ -213,7 +217,7 @@ def _write(
     files = accompanying_files(inputs.recipe, report(), merge.coefficients, merge.learner)
 
     def companions(directory: Path) -> None:
-        write_companions(directory, inputs.base, infos, files, tokenizer=tokenizer)
+        write_companions(directory, inputs.base, infos, {**files, **template}, tokenizer=tokenizer)
 
     write(metadata=files, companions=companions)
     if processes.rank() == 0 and out.is_dir():
@@ -221,6 +225,14 @@ def _write(
         with suppress(CheckpointError), atomic_output(out / REPORT, overwrite=True) as temporary:
             temporary.write_text(accompanying_files(inputs.recipe, report(), None)[REPORT], encoding="utf-8")
     return report()
+
+
+def _chat_template_files(recipe: Recipe, tokenizer: Path | None) -> dict[str, str]:
+    """Of the tokenizer's files, if they are copied, those that say its chat template, if the recipe chooses one."""
+    template = recipe.chat_template
+    if template == "auto":
+        template = most_common_chat_template((recipe.base, *recipe.experts.values()))
+    return {} if template is None or tokenizer is None else with_chat_template(template, tokenizer)
 
 
 def _plan(infos: Mapping[str, TensorInfo]) -> dict:

@@ -258,6 +258,11 @@ def test_schedules_over_layers():
     [
         (BASE.replace("base_model", "base_modle"), "r.yaml:2:1: base_modle: unknown key (did you mean 'base_model'?)"),
         (BASE + "slices: []\n", "r.yaml:6:1: slices: is not supported yet"),
+        (
+            BASE + "chat_template: chatml\n",
+            "r.yaml:6:1: chat_template: expected 'auto' or a template in Jinja, got 'chatml'",
+        ),
+        (BASE + "chat_template: [1]\n", "r.yaml:6:1: chat_template: expected 'auto' or a template in Jinja, got [1]"),
         (BASE.replace("model: a", "modle: a"), "r.yaml:4:5: models[0].modle: unknown key (did you mean 'model'?)"),
         (
             BASE + "parameters:\n  scalling_factor: 0.3\n",

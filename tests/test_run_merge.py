@@ -307,6 +307,40 @@ def test_the_tokenizer_of_an_expert(models, data):
     assert (models / "out" / "chat_template.jinja").exists() and not (models / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("data", [{}, {"method": "esm", "calibration": {"data": "texts.txt"}}])
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [("auto", "{{ of most }}"), ("{{ 'mine' }}", "{{ 'mine' }}"), (None, "{{ of base }}")],
+)
+def test_the_chat_template_that_the_recipe_says(models, data, chosen, expected):
+    several = [{"name": "tools", "template": "{{ tools }}"}, {"name": "default", "template": "{{ of most }}"}]
+    config = {"chat_template": "{{ of base }}", "kept": 1}
+    (models / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    (models / "a" / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    (models / "b" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ hidden by the file }}"}))
+    (models / "b" / "chat_template.jinja").write_text("{{ of most }}")
+    assert merge(models, **({"chat_template": chosen} if chosen else {}), **data) == 0
+    written = json.loads((models / "out" / "tokenizer_config.json").read_text())
+    assert written == {**config, "chat_template": expected}
+    if chosen:
+        assert (models / "out" / "chat_template.jinja").read_text() == expected
+    else:
+        assert not (models / "out" / "chat_template.jinja").exists()
+
+
+def test_a_chat_template_belongs_to_the_tokenizer(models, capsys):
+    assert merge(models, chat_template="auto") == 0  # no model has one
+    (models / "b" / "chat_template.jinja").write_text("{{ messages }}")
+    assert merge(models, "--no-copy-tokenizer", chat_template="auto", out="without") == 0
+    assert merge(models, chat_template="auto", out="file.safetensors") == 0
+    assert not {"out/chat_template.jinja", "without/chat_template.jinja"}.intersection(files_in(models))
+    assert "chat_template.jinja" not in open_checkpoint(models / "file.safetensors").metadata
+    (models / "b" / "chat_template.jinja").write_bytes(b"\xff")
+    assert_refused(
+        models, capsys, "chat_template.jinja: cannot be read", chat_template="auto", options=("--overwrite",)
+    )
+
+
 def test_nothing_after_the_weights_makes_a_merge_fail(models, monkeypatch):
     def full(*arguments, **options):
         raise CheckpointError("No space left on device")

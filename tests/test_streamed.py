@@ -330,7 +330,18 @@ def test_an_error_leaves_nothing(models):
     assert files_in(models) == sorted([*before, "recipe.yaml"])
 
 
-def test_a_dry_run_says_what_the_merge_will_take(models, capsys):
+def test_a_tied_tensor_that_an_expert_has_once(models):
+    """Merged under both names, also in the sample of a dry run."""
+    state = dict(open_checkpoint(models / "base"))
+    save_file({**state, "again": state["flat"].clone()}, models / "base" / "model.safetensors")
+    plan = stream(models, dry_run=True)["plan"]
+    stream(models)
+    written = open_checkpoint(models / "out")
+    assert plan["tensors"] == len(written)
+    assert torch.equal(written["again"], written["flat"])
+
+
+def test_a_dry_run_says_what_the_merge_will_take(models):
     """Of these models the sample is all there is: bytes have to be exact, and seconds differ by what disturbs them."""
     plan = stream(models, method="ties", dry_run=True)["plan"]
     assert "out.partial" not in files_in(models) and "out" not in files_in(models)

@@ -1,0 +1,128 @@
+"""What a merge from disk to disk will need in bytes, seconds and memory: a sample of it, beside the output, tells."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor
+
+from statsmerge_ext.blockwise import BlockMerge
+from statsmerge_ext.calibration import Batch
+from statsmerge_ext.checkpoints import Checkpoint, check_compatible
+from statsmerge_ext.checkpoints.compatibility import Renamed, dtype_of, floating_names, shape_of
+from statsmerge_ext.checkpoints.header import TensorInfo
+from statsmerge_ext.engine.merging import solve
+from statsmerge_ext.engine.together import samples
+from statsmerge_ext.methods import Method
+from statsmerge_ext.output import resumable_output
+from statsmerge_ext.streamed import write_streamed
+
+# What is merged of a streamed merge: enough to see the disk at work, and at least this share of all.
+_SAMPLE_BYTES, _SAMPLE_SHARE = 2**29, 0.1
+
+
+def estimate_streamed(
+    method: Method,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    infos: Mapping[str, TensorInfo],
+    out: Path,
+    **options: object,
+) -> dict[str, float]:
+    """What :func:`write_streamed` will need, from merging samples of the tensors.
+
+    Args:
+        method, base, experts: as for :func:`solve`, with the further ``options``.
+        infos: name → shape and dtype of every tensor of the output.
+        out: where the output shall be.
+
+    Returns: "bytes_read" (of base and experts), "seconds", and "memory": the largest resident size, in bytes.
+
+    Raises as :func:`solve` and :func:`write_streamed`.
+    """
+    options = {**options, "progress": False, "sample": True}
+    experts = check_compatible(base, experts)
+    sizes = {name: infos[name].nbytes for name in floating_names(base)}
+    names = list(sizes)
+    random.Random(0).shuffle(names)
+
+    def seconds_for(sample: dict[str, str]) -> float:
+        began = time.perf_counter()
+        of_sample = {name: Renamed(expert, sample) for name, expert in experts.items()}
+        solved = solve(method, base=Renamed(base, sample), experts=of_sample, **options)
+        with _file_beside(out) as file:
+            write_streamed(solved, file, {name: infos[name] for name in sample}, {}, resume=False, shard_bytes=None)
+        return time.perf_counter() - began
+
+    # Two samples, a small one and a large one, tell what every byte costs from what every merge costs.
+    enough = max(_SAMPLE_BYTES, _SAMPLE_SHARE * sum(sizes.values()))
+    reached = list(accumulate((sizes[name] for name in names), initial=0))
+    small = {name: name for name, before in zip(names, reached) if before < enough / 5}
+    large = {name: name for name, before in zip(names, reached) if before < enough and name not in small}
+    total, of_small = sum(sizes.values()), sum(sizes[name] for name in small)
+    of_large = sum(sizes[name] for name in large)
+    seconds = seconds_for(small) * total / max(1, of_small)
+    # The first sample fills all buffers; a second one in the same process would only add what the first has freed.
+    peak = _largest_resident_size()
+    if of_large > of_small:
+        first, second = seconds * of_small / total, seconds_for(large)
+        rate = max(second - first, 0) / (of_large - of_small) or second / of_large
+        seconds = second + rate * (total - of_large)
+    return {"bytes_read": _bytes_of([base, *experts.values()]), "seconds": seconds, "memory": peak}
+
+
+def estimate_blockwise(merge: BlockMerge, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
+    """What :func:`write_blockwise` will need, from merging one block of each kind with few samples.
+
+    Args, result as of :func:`estimate_streamed`. Raises as :meth:`BlockMerge.write`.
+    """
+    sample, like = merge.sample(), merge.alike()
+    instead = {path: first for path, first in like.items() if path != first}
+    of_sample = {name: infos[name] for name in merge.names(like.values())}
+    with (
+        _file_beside(out) as file,
+        resumable_output(file, of_sample, {}, resume=False, shard_bytes=None) as output,
+    ):
+        sweep = sample.write(output, instead=instead)
+    per_expert = len(merge.batches) / len(sample.batches)
+    per_sample = _samples(merge.batches) / _samples(sample.batches)
+    spent = [sweep.seconds[path] for path in like.values()]
+    of_states = sweep.carried.in_memory(per_sample) - sweep.carried.in_memory(1)
+    return {
+        "bytes_read": _bytes_of(merge.states.values()),
+        "seconds": sum(per_expert * s["experts"] + per_sample * s["samples"] + s["solving"] for s in spent),
+        "memory": _largest_resident_size() + of_states,
+    }
+
+
+@contextmanager
+def _file_beside(out: Path) -> Iterator[Path]:
+    """A safetensors file to be made on the disk of ``out``, with a directory of its own, which is removed."""
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
+        yield Path(directory) / "sample.safetensors"
+
+
+def _bytes_of(states: Iterable[Mapping[str, Tensor]]) -> int:
+    """Bytes of what is merged."""
+    return sum(
+        shape_of(state, name).numel() * dtype_of(state, name).itemsize
+        for state in states
+        for name in floating_names(state)
+    )
+
+
+def _largest_resident_size() -> int:
+    """Bytes, of this process until now."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _samples(batches: Mapping[str, list[Batch]]) -> int:
+    return sum(samples(batch) for of_expert in batches.values() for batch in of_expert)

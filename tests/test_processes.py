@@ -65,6 +65,18 @@ def test_a_process_that_dies_at_a_block_ends_the_merge_and_leaves_a_journal(tmp_
     assert facts["written"] == ["model.layers.2", "model.norm", "lm_head", ""]
 
 
+def test_a_process_that_dies_within_a_block_in_execution_order(tmp_path):
+    facts = scenario("death_amid_layers", tiny_transformers.save_family(tmp_path, "llama", samples=40))
+    (leader, message), (other, _) = facts["results"]
+    assert other == -9
+    assert leader == 2 and "another process of this merge has ended" in message
+    assert facts["journals"] == ["journal.0"]
+    # What belongs to no block, the embeddings and the first block were on the disk.
+    left = ["model.layers.1", "model.layers.2", "model.norm", "lm_head"]
+    assert facts["merged"] == [[0, left], [0, left]]
+    assert facts["same"]
+
+
 def test_statistics_and_spread_tensors(tmp_path):
     facts = scenario("states", save_family(tmp_path))
     assert facts["statistics"] == [facts["one"], facts["one"]]

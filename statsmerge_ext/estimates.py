@@ -7,7 +7,6 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -61,20 +60,18 @@ def estimate_streamed(
             write_streamed(solved, file, {name: infos[name] for name in sample}, {}, resume=False, shard_bytes=None)
         return time.perf_counter() - began
 
-    # Two samples, a small one and a large one, tell what every byte costs from what every merge costs.
-    enough = max(_SAMPLE_BYTES, _SAMPLE_SHARE * sum(sizes.values()))
-    reached = list(accumulate((sizes[name] for name in names), initial=0))
-    small = {name: name for name, before in zip(names, reached) if before < enough / 5}
-    large = {name: name for name, before in zip(names, reached) if before < enough and name not in small}
-    total, of_small = sum(sizes.values()), sum(sizes[name] for name in small)
-    of_large = sum(sizes[name] for name in large)
-    seconds = seconds_for(small) * total / max(1, of_small)
+    # The first sample finds memory, files and kernels as the merge will find them. A second, larger one finds them as
+    # they are later on: it shows what a byte costs. (The difference of both would be mostly the disk's noise.)
+    total = sum(sizes.values())
+    enough = max(_SAMPLE_BYTES, _SAMPLE_SHARE * total)
+    left = iter(names)
+    small, large = _sample(left, sizes, enough / 5), _sample(left, sizes, enough)
+    of_small, of_large = (sum(sizes[name] for name in sample) for sample in (small, large))
+    seconds = seconds_for(small)
     # The first sample fills all buffers; a second one in the same process would only add what the first has freed.
     peak = _largest_resident_size()
-    if of_large > of_small:
-        first, second = seconds * of_small / total, seconds_for(large)
-        rate = max(second - first, 0) / (of_large - of_small) or second / of_large
-        seconds = second + rate * (total - of_large)
+    if of_large:
+        seconds += seconds_for(large) * (total - of_small) / of_large
     return {"bytes_read": _bytes_of([base, *experts.values()]), "seconds": seconds, "memory": peak}
 
 
@@ -100,6 +97,16 @@ def estimate_blockwise(merge: BlockMerge, infos: Mapping[str, TensorInfo], out: 
         "seconds": sum(per_expert * s["experts"] + per_sample * s["samples"] + s["solving"] for s in spent),
         "memory": _largest_resident_size() + of_states,
     }
+
+
+def _sample(names: Iterator[str], sizes: Mapping[str, int], enough: float) -> dict[str, str]:
+    """The next of ``names`` that have ``enough`` bytes together, or all that are left, as names of themselves."""
+    taken: dict[str, str] = {}
+    size = 0
+    while size < enough and (name := next(names, None)) is not None:
+        taken[name] = name
+        size += sizes[name]
+    return taken
 
 
 @contextmanager

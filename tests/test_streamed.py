@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import statsmerge_ext
-from statsmerge_ext import LayerRule, output, run, run_merge
+from statsmerge_ext import LayerRule, estimates, output, run, run_merge
 from statsmerge_ext.checkpoints import open_checkpoint, reading, weight_files
 from statsmerge_ext.checkpoints.header import read_header
 from statsmerge_ext.checkpoints.partial import PartialOutput
@@ -355,3 +356,24 @@ def test_a_dry_run_says_what_the_merge_will_take(models):
     assert plan["bytes_read"] == sum(tensor.nbytes for tensor in floating)
     assert seconds / 5 < plan["seconds"] < 5 * seconds
     assert plan["memory"] == pytest.approx(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rel=0.25)
+
+
+def test_seconds_are_those_of_samples_by_their_bytes(models, monkeypatch):
+    """What only the first sample takes is counted once, and what its bytes take as often as there are more of them."""
+    clock, sizes = [0.0], []
+
+    def write(solved, out, infos, identity, **writing):
+        sizes.append(sum(info.nbytes for info in infos.values()))
+        clock[0] += 100.0 * (len(sizes) == 1) + 1e-3 * sizes[-1]
+
+    monkeypatch.setattr(estimates, "write_streamed", write)
+    monkeypatch.setattr(estimates, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(estimates, "_SAMPLE_SHARE", 0.0)
+    for enough in (10, 10**9):
+        clock[0] = 0.0
+        sizes.clear()
+        monkeypatch.setattr(estimates, "_SAMPLE_BYTES", enough)
+        plan = stream(models, dry_run=True)["plan"]
+        of_all = plan["bytes_read"] / 3
+        assert sum(sizes) == of_all if enough > of_all else sum(sizes) < of_all
+        assert plan["seconds"] == pytest.approx(100 + 1e-3 * of_all, rel=0.01)

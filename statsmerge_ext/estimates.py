@@ -33,6 +33,8 @@ def estimate_streamed(
     experts: Mapping[str, Checkpoint],
     infos: Mapping[str, TensorInfo],
     out: Path,
+    *,
+    stays_cached: bool,
     **options: object,
 ) -> dict[str, float]:
     """What :func:`write_streamed` will need, from merging samples of the tensors.
@@ -41,12 +43,14 @@ def estimate_streamed(
         method, base, experts: as for :func:`solve`, with the further ``options``.
         infos: name → shape and dtype of every tensor of the output.
         out: where the output shall be.
+        stays_cached: of :func:`resumable_output`.
 
     Returns: "bytes_read" (of base and experts), "seconds", and "memory": the largest resident size, in bytes.
 
     Raises as :func:`solve` and :func:`write_streamed`.
     """
     options = {**options, "progress": False, "sample": True}
+    writing = {"resume": False, "shard_bytes": None, "stays_cached": stays_cached}
     experts = check_compatible(base, experts)
     sizes = {name: infos[name].nbytes for name in floating_names(base)}
     names = list(sizes)
@@ -57,7 +61,7 @@ def estimate_streamed(
         of_sample = {name: Renamed(expert, sample) for name, expert in experts.items()}
         solved = solve(method, base=Renamed(base, sample), experts=of_sample, **options)
         with _file_beside(out) as file:
-            write_streamed(solved, file, {name: infos[name] for name in sample}, {}, resume=False, shard_bytes=None)
+            write_streamed(solved, file, {name: infos[name] for name in sample}, {}, **writing)
         return time.perf_counter() - began
 
     # The first sample finds memory, files and kernels as the merge will find them. A second, larger one finds them as
@@ -75,7 +79,9 @@ def estimate_streamed(
     return {"bytes_read": _bytes_of([base, *experts.values()]), "seconds": seconds, "memory": peak}
 
 
-def estimate_blockwise(merge: BlockMerge, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
+def estimate_blockwise(
+    merge: BlockMerge, infos: Mapping[str, TensorInfo], out: Path, *, stays_cached: bool
+) -> dict[str, float]:
     """What :func:`write_blockwise` will need, from merging one block of each kind with few samples.
 
     Args, result as of :func:`estimate_streamed`. Raises as :meth:`BlockMerge.write`.
@@ -83,10 +89,8 @@ def estimate_blockwise(merge: BlockMerge, infos: Mapping[str, TensorInfo], out: 
     sample, like = merge.sample(), merge.alike()
     instead = {path: first for path, first in like.items() if path != first}
     of_sample = {name: infos[name] for name in merge.names(like.values())}
-    with (
-        _file_beside(out) as file,
-        resumable_output(file, of_sample, {}, resume=False, shard_bytes=None) as output,
-    ):
+    writing = {"resume": False, "shard_bytes": None, "stays_cached": stays_cached}
+    with _file_beside(out) as file, resumable_output(file, of_sample, {}, **writing) as output:
         sweep = sample.write(output, instead=instead)
     per_expert = len(merge.batches) / len(sample.batches)
     per_sample = _samples(merge.batches) / _samples(sample.batches)

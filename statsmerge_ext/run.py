@@ -129,9 +129,10 @@ def run_merge(
             recipe.chosen.check_layers(layers)
         prepared = time.perf_counter() - began
         if blocks:
-            plan |= estimate_blockwise(blocks, infos, out)
+            plan |= estimate_blockwise(blocks, infos, out, stays_cached=stays_cached)
         elif on_disk and not recipe.needs_data:
-            plan |= estimate_streamed(recipe.chosen, base, experts, infos, out, **options, **recipe.hyperparameters)
+            of_merge = {"stays_cached": stays_cached, **options, **recipe.hyperparameters}
+            plan |= estimate_streamed(recipe.chosen, base, experts, infos, out, **of_merge)
         if "seconds" in plan:
             plan["seconds"] += prepared
         return {"plan": plan}

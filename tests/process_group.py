@@ -1,6 +1,7 @@
-"""Merges by two processes: ``python -m tests.process_group SCENARIO DIRECTORY`` prints what came out as JSON.
+"""Merges by two processes: ``python -m tests.process_group`` reads lines of JSON, [scenario, directory], and answers
+each with a line that says what came out, or null.
 
-The processes are forked from one that has imported the package, and meet as those of torchrun do.
+The processes are forked from one that has imported the package and computed nothing, and meet as those of torchrun do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,19 +279,41 @@ def states(models: Path) -> dict:
     return {"statistics": [found for _, found in of_two], "one": statistics(), "spread": of_spread}
 
 
+SCENARIOS = (
+    same,
+    dry_run,
+    death,
+    samples,
+    samples_in_order,
+    rules_in_order,
+    death_amid_blocks,
+    death_amid_layers,
+    states,
+)
+
+
+def answer(name: str, directory: str) -> str:
+    """What a scenario gives, as JSON, in a process of its own: a scenario may leave anything changed."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with open(write, "w") as pipe:
+                json.dump({each.__name__: each for each in SCENARIOS}[name](Path(directory)), pipe)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text or "null"
+
+
 if __name__ == "__main__":
     output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     torch.set_num_threads(1)  # a process that has computed with several must not be forked
-    scenarios = (
-        same,
-        dry_run,
-        death,
-        samples,
-        samples_in_order,
-        rules_in_order,
-        death_amid_blocks,
-        death_amid_layers,
-        states,
-    )
-    print(json.dumps({each.__name__: each for each in scenarios}[sys.argv[1]](Path(sys.argv[2]))))
+    for line in sys.stdin:
+        print(answer(*json.loads(line)), flush=True)

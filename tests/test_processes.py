@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,11 +17,21 @@ from tests.test_streamed import save_family, stream
 from tests.tiny_models import write_recipe
 
 
+@cache
+def _server() -> subprocess.Popen:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.process_group"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(server.communicate)  # its input ends, and so does it
+    return server
+
+
 def scenario(name: str, models) -> dict:
-    command = [sys.executable, "-m", "tests.process_group", name, str(models)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What comes out of a scenario of tests/process_group.py; all have one process that has imported the package."""
+    print(json.dumps([name, str(models)]), file=_server().stdin, flush=True)
+    facts = json.loads(_server().stdout.readline())
+    assert facts is not None, "the scenario failed as said on stderr"
+    return facts
 
 
 def test_two_processes_write_what_one_writes(tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import resource
+import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from statsmerge_ext.calibration import Batch
 from statsmerge_ext.checkpoints import Checkpoint, check_compatible, open_checkpoint
-from statsmerge_ext.checkpoints.compatibility import Renamed, dtype_of, floating_names, shape_of
+from statsmerge_ext.checkpoints.compatibility import Renamed
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.skeleton import FileNames, build_skeleton
 from statsmerge_ext.engine import processes
@@ -29,7 +28,7 @@ from statsmerge_ext.engine.problem import MergedLayers, MergeProblem
 from statsmerge_ext.engine.report import facts_for_report, layer_report
 from statsmerge_ext.engine.shared_evidence import shared_batches
 from statsmerge_ext.engine.streaming import DEFAULT_BUDGET
-from statsmerge_ext.engine.together import samples
+from statsmerge_ext.layers import Layer
 from statsmerge_ext.memory import give_back_freed_memory
 from statsmerge_ext.methods import Method
 from statsmerge_ext.output import ResumableOutput, resumable_output
@@ -49,6 +48,8 @@ class BlockMerge:
 
     Attributes:
         facts: for the report.
+        states: name of an expert, or "" for the base -> its tensors, under the base's names.
+        batches: of all experts.
         coefficients, learner: None; such methods have neither.
         left_over: floating-point tensors of the files that the model does not use, and that are not written.
 
@@ -74,11 +75,11 @@ class BlockMerge:
     ) -> None:
         method.check(hyperparameters)
         self._method, self._hyperparameters, self._seed = method, hyperparameters, seed
-        self._batches, self._budget = batches, memory_budget or DEFAULT_BUDGET
+        self.batches, self._budget = batches, memory_budget or DEFAULT_BUDGET
         fitting = check_compatible(base, experts)
         skeleton = build_skeleton(base)
         self._files = FileNames(skeleton, base)
-        self._stored = {"": base, **fitting}
+        self.states = {"": base, **fitting}
         self._base = self._files.state(base)
         self._experts = {name: self._files.state(state) for name, state in fitting.items()}
         self._sources = {name: f"expert {name!r} ({expert.path})" for name, expert in experts.items()}
@@ -107,11 +108,16 @@ class BlockMerge:
         layers = layer_report(self._model.layers, self._watched, None if self._method.in_order else self._seen)
         return {**self.facts, "layers": layers, "seconds": dict(self._seconds), **notes}
 
-    def write(self, output: ResumableOutput, *, progress: bool) -> None:
-        """Write all tensors of the output; blocks that an earlier run has written are only gone through.
+    def write(
+        self, output: ResumableOutput, *, progress: bool = False, instead: Mapping[str, str] | None = None
+    ) -> BlockSweep:
+        """Write all tensors of the output; blocks that an earlier run has written are only gone through, and those that
+        others stand for (``instead``, of :meth:`BlockSweep.problems`) are not computed.
 
         Every process of a group calls this alike and runs its share of the samples. Those that merge in execution order
         all need the solution; otherwise the first one alone solves, and always it writes.
+
+        Returns: what all blocks were taken through; it says what that took.
 
         Raises as :meth:`BlockSweep.problems`, and what the method raises.
         """
@@ -124,19 +130,18 @@ class BlockMerge:
         for name, tensor in self._beside_parameters().items() if leader else ():
             output.write(name, output.converted(name, tensor))
         processes.wait_for_all()
-        scratch = output.scratch / f"states.{processes.rank()}"
-        sweep = self._sweep(self._experts, shared_batches(self._batches), scratch, output)
+        sweep = self._sweep(output)
         sweep.changed = changed
-        total = len(self._model.blocks) + 1
         clock = time.perf_counter()
         with (
-            closing(sweep.problems(without=done)) as problems,
-            tqdm(desc="Merging", unit="block", total=total, disable=not (progress and leader)) as bar,
+            closing(sweep.problems(without=done, instead=instead)) as problems,
+            tqdm(desc="Merging", unit="block", total=len(self._blocks), disable=not (progress and leader)) as bar,
         ):
             for block, problem in problems:
                 collected = time.perf_counter()
                 if problem is not None and (leader or self._method.in_order):
-                    self._merge_block(block, problem, output if leader else None)
+                    with sweep.solving(block):
+                        self._merge_block(block, problem, output if leader else None)
                     done = [*done, block.path]
                     if leader:
                         saved = {"seen": sorted(self._seen), "notes": self._notes, "changed": sweep.changed}
@@ -149,98 +154,53 @@ class BlockMerge:
                 clock = time.perf_counter()
                 self._seconds["merge"] += clock - collected
                 bar.update()
+        return sweep
 
-    def estimate(self, infos: Mapping[str, TensorInfo], out: Path) -> dict[str, float]:
-        """What the merge will need, from merging one block of each kind for two experts beside ``out``; for all of
-        them in execution order, where the weights of all are in memory at once, or if there are rules, whose methods
-        may have a weight for each.
+    def sample(self) -> BlockMerge:
+        """The same merge with one batch for each of two experts, which tell what all of them will take.
 
-        The other blocks are not computed.
-
-        Args:
-            infos: name → shape and dtype of every tensor of the output.
-            out: where the output shall be.
-
-        Returns: "bytes_read" (of base and experts), "seconds", and "memory": the largest resident size, in bytes.
-
-        Raises as :meth:`write`.
+        It has all experts in execution order, where the weights of all are in memory at once, and if there are rules,
+        whose methods may have a weight for each.
         """
-        blocks = (*self._model.blocks, self._model.resident)
-        first: dict[tuple, str] = {}
-        like = {block.path: first.setdefault(self._kind(block), block.path) for block in blocks}
+        sample = copy.copy(self)
         need_all = self._method.in_order or "rules" in self.facts
-        experts = dict(list(self._experts.items())[: None if need_all else 2])
-        sample = {name: self._batches[name][:1] for name in experts}
-        measured = [block for block in blocks if like[block.path] == block.path]
-        names = {name for block in measured for layer in block.layers for name in self._files.sources(layer.parameter)}
-        solving: dict[str, float] = {}
-        parent = next(parent for parent in out.absolute().parents if parent.exists())
-        with TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as directory:
-            beside = self._beside_parameters()
-            file = resumable_output(
-                Path(directory) / "sample.safetensors",
-                {name: infos[name] for name in (*names, *beside)},
-                {},
-                resume=False,
-                shard_bytes=None,
-            )
-            others = {path: first for path, first in like.items() if path != first}
-            with file as output:
-                for name, tensor in beside.items():
-                    output.write(name, output.converted(name, tensor))
-                sweep = self._sweep(experts, sample, Path(directory), output)
-                with closing(sweep.problems(instead=others)) as problems:
-                    for block, problem in problems:
-                        began, before = time.perf_counter(), _seconds(sweep, block.path)
-                        if problem is not None:
-                            self._merge_block(block, problem, output)
-                        del problem
-                        solving[block.path] = time.perf_counter() - began
-                        solving[block.path] -= _seconds(sweep, block.path)["samples"] - before["samples"]
-        per_sample = _samples(self._batches) / _samples(sample)
-        per_expert = len(self._experts) / len(experts)
+        sample._experts = dict(list(self._experts.items())[: None if need_all else 2])
+        sample.batches = {name: self.batches[name][:1] for name in sample._experts}
+        sample._seen, sample._notes, sample._seconds = set(), {}, dict.fromkeys(self._seconds, 0.0)
+        return sample
 
-        def seconds(path: str) -> float:
-            spent = _seconds(sweep, path)
-            return per_expert * spent["experts"] + per_sample * spent["samples"] + solving[path]
+    def alike(self) -> dict[str, str]:
+        """The path of every block -> that of the first one which takes the same time and memory."""
+        first: dict[tuple, str] = {}
+        return {block.path: first.setdefault(self._kind(block), block.path) for block in self._blocks}
 
-        most = sweep.carried.most
-        states = self._stored.values()
-        return {
-            "bytes_read": sum(
-                shape_of(state, name).numel() * dtype_of(state, name).itemsize
-                for state in states
-                for name in floating_names(state)
-            ),
-            "seconds": sum(seconds(like[block.path]) for block in blocks),
-            "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            + int(min(self._budget, per_sample * most) - min(self._budget, most)),
-        }
+    def names(self, paths: Container[str]) -> set[str]:
+        """The tensors of the output that :meth:`write` writes if it merges the blocks at ``paths`` alone."""
+        layers = (layer for block in self._blocks if block.path in paths for layer in block.layers)
+        return self._names_of(layers) | self._names_beside_parameters()
+
+    @property
+    def _blocks(self) -> tuple[Block, ...]:
+        return (*self._model.blocks, self._model.resident)
 
     def _kind(self, block: Block) -> tuple:
-        """What blocks that take the same time have in common."""
         shapes = [(key.removeprefix(block.path), self._model.shapes[key]) for key in block.keys]
         watched = self._method.watched(block.layers)
         rules = {name: rule["filter"] for rule in self.facts.get("rules", ()) for name in rule["layers"]}
         kinds = [(layer.kind, layer.source, layer in watched, rules.get(layer.name)) for layer in block.layers]
         return tuple(shapes), tuple(kinds), block in self._calls
 
-    def _sweep(
-        self,
-        experts: Mapping[str, Mapping[str, Tensor]],
-        batches: Mapping[str, list[Batch]],
-        scratch: Path,
-        output: ResumableOutput,
-    ) -> BlockSweep:
+    def _sweep(self, output: ResumableOutput) -> BlockSweep:
         problem = MergeProblem(
             layers=self._model.layers,
             base=self._base,
-            experts=experts,
-            batches=batches,
+            experts=self._experts,
+            batches=shared_batches(self.batches),
             base_source=self._base_source,
             sources=self._sources,
             seed=self._seed,
         )
+        scratch = output.scratch / f"states.{processes.rank()}"
         if not self._method.in_order:
             return GramSweep(self._model, self._calls, problem, scratch, self._budget, watched=self._watched)
 
@@ -278,16 +238,17 @@ class BlockMerge:
 
     def _beside_parameters(self) -> dict[str, Tensor]:
         """The tensors of the output that are no parameters, by their names in the files."""
-        parameters = {layer.parameter for layer in self._model.layers}
-        merged = {name for key in parameters for name in self._files.sources(key)}
-        base, *experts = self._stored.values()
-        names = [name for name in base if name not in merged and name not in self.left_over]
+        names = {name: name for name in self._names_beside_parameters()}
+        base, experts = self.states[""], {name: self.states[name] for name in self._experts}
+        beside = {name: Renamed(state, names) for name, state in experts.items()}
+        return merge_buffers(MergeProblem([], Renamed(base, names), beside), {}, reestimate=False)
 
-        def beside(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return Renamed(state, {name: name for name in names})
+    def _names_beside_parameters(self) -> set[str]:
+        return set(self.states[""]) - self._names_of(self._model.layers) - set(self.left_over)
 
-        states = dict(zip(self._experts, map(beside, experts), strict=True))
-        return merge_buffers(MergeProblem([], beside(base), states), {}, reestimate=False)
+    def _names_of(self, layers: Iterable[Layer]) -> set[str]:
+        """The names in the files of the layers' parameters."""
+        return {name for layer in layers for name in self._files.sources(layer.parameter)}
 
 
 def write_blockwise(
@@ -322,11 +283,3 @@ def _merged(parameters: Mapping[str, Tensor], problem: MergeProblem) -> Iterator
     with closing(parameters.stream(parameters).results(parameters.merged)) as results:
         for piece, merged in results:
             yield piece.layer.parameter, piece.start(problem.base), merged
-
-
-def _seconds(sweep: BlockSweep, path: str) -> dict[str, float]:
-    return dict(sweep.seconds.get(path, {"experts": 0.0, "samples": 0.0}))
-
-
-def _samples(batches: Mapping[str, list[Batch]]) -> int:
-    return sum(samples(batch) for of_expert in batches.values() for batch in of_expert)

@@ -35,12 +35,13 @@ from statsmerge_ext.errors import (
     RecipeError,
     StatsMergeError,
 )
+from statsmerge_ext.estimates import estimate_blockwise, estimate_streamed
 from statsmerge_ext.in_memory import is_file, stored_dtype, write_whole
 from statsmerge_ext.inputs import Inputs, open_inputs, refuse_to_overwrite
 from statsmerge_ext.layers import find_layers, layers_of_state
 from statsmerge_ext.model_card import REPORT, accompanying_files
 from statsmerge_ext.recipe import VOCABULARIES, Recipe, load_recipe
-from statsmerge_ext.streamed import estimate, write_streamed
+from statsmerge_ext.streamed import write_streamed
 
 
 def run_merge(
@@ -129,9 +130,10 @@ def run_merge(
             recipe.chosen.check_layers(layers)
         prepared = time.perf_counter() - began
         if blocks:
-            plan |= blocks.estimate(infos, out)
+            plan |= estimate_blockwise(blocks, infos, out, stays_cached=stays_cached)
         elif on_disk and not recipe.needs_data:
-            plan |= estimate(recipe.chosen, base, experts, infos, out, **options, **recipe.hyperparameters)
+            of_merge = {"stays_cached": stays_cached, **options, **recipe.hyperparameters}
+            plan |= estimate_streamed(recipe.chosen, base, experts, infos, out, **of_merge)
         if "seconds" in plan:
             plan["seconds"] += prepared
         return {"plan": plan}

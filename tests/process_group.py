@@ -1,6 +1,7 @@
-"""Merges by two processes: ``python -m tests.process_group SCENARIO DIRECTORY`` prints what came out as JSON.
+"""Merges by two processes: ``python -m tests.process_group`` reads lines of JSON, [scenario, directory], and answers
+each with a line that says what came out, or null.
 
-The processes are forked from one that has imported the package, and meet as those of torchrun do.
+The processes are forked from one that has imported the package and computed nothing, and meet as those of torchrun do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from transformers import AutoConfig, LlamaForCausalLM, Qwen3MoeForCausalLM  # no
 import statsmerge_ext
 from statsmerge_ext import blockwise, output, run_merge
 from statsmerge_ext.checkpoints import open_checkpoint
-from statsmerge_ext.engine import block_evidence, processes, streaming
+from statsmerge_ext.engine import block_evidence, block_order, processes, streaming
 from statsmerge_ext.errors import ProcessError
 from statsmerge_ext.evidence.statistics import collect_weight_statistics
 from statsmerge_ext.layers import layers_of_state
@@ -112,6 +114,7 @@ def dry_run(models: Path) -> dict:
 
 def death(models: Path) -> dict:
     """One process dies in the middle: the other says so, and one process alone goes on with what both have done."""
+    merge = merging(models, "out", "task_arithmetic", {})
 
     def dying() -> object:
         if dist.get_rank() == 1:
@@ -126,14 +129,14 @@ def death(models: Path) -> dict:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             output._Saver.save_if_due = save_and_die
-        return merging(models, "out", "task_arithmetic", {})()
+        return merge()
 
     results = in_two_processes(dying)
     journals = sorted(path.name for path in (models / "out.partial").glob("journal.*"))
     computed = []
     work = streaming.Stream.results
     streaming.Stream.results = lambda *a: (computed.append(1) or result for result in work(*a))
-    merging(models, "out", "task_arithmetic", {})()
+    merge()
     resumed = len(computed)
     merging(models, "one", "task_arithmetic", {})()
     return {
@@ -187,29 +190,64 @@ def shares(models: Path, *cases: tuple[str, str], **parameters) -> dict:
 def death_amid_blocks(models: Path) -> dict:
     """One process dies at a block: the other says so, and one alone goes on behind the last block on the disk."""
 
+    def die_soon() -> None:
+        go_on, left = block_evidence.GramSweep._go_on, [5]
+
+        def die(self, *arguments, **options):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return go_on(self, *arguments, **options)
+
+        block_evidence.GramSweep._go_on = die
+
+    merge = with_samples(models, "lot", "out")
+    facts = death_of_one(models, merge, die_soon)
+    return {**facts, "written": blocks_merged(merge)}
+
+
+def death_amid_layers(models: Path) -> dict:
+    """One process dies within a block in execution order: the other says so, and the two go on with the same result."""
+
+    def die_soon() -> None:
+        rounded = block_order.OrderedSweep.rounded
+
+        def die(self, key, merged):
+            if key == "model.layers.1.mlp.gate_proj.weight":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rounded(self, key, merged)
+
+        block_order.OrderedSweep.rounded = die
+
+    in_two_processes(with_samples(models, "drift_compensation", "undisturbed"))
+    merge = with_samples(models, "drift_compensation", "out")
+    facts = death_of_one(models, merge, die_soon)
+    merged = in_two_processes(lambda: blocks_merged(merge))
+    return {**facts, "merged": merged, "same": weights(models / "out") == weights(models / "undisturbed")}
+
+
+def death_of_one(models: Path, merge: Callable[[], object], die_soon: Callable[[], None]) -> dict:
+    """What becomes of a merge whose second process dies as ``die_soon`` makes it, and the first saves every block."""
+
     def dying() -> object:
         if dist.get_rank() == 1:
-            go_on, left = block_evidence.GramSweep._go_on, [5]
-
-            def die(self, *arguments, **options):
-                left[0] -= 1
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return go_on(self, *arguments, **options)
-
-            block_evidence.GramSweep._go_on = die
+            die_soon()
         else:
             save = output._Saver.save_if_due
             output._Saver.save_if_due = lambda self, state: (save(self, state), self._running.result())
-        return with_samples(models, "lot", "out")()
+        return merge()
 
     results = in_two_processes(dying)
-    journals = sorted(path.name for path in (models / "out.partial").glob("journal.*"))
-    written = []
-    write = blockwise.BlockMerge._merge_block
-    blockwise.BlockMerge._merge_block = lambda *a: (written.append(a[1].path), write(*a)) and None
-    with_samples(models, "lot", "out")()
-    return {"results": results, "journals": journals, "written": written}
+    return {"results": results, "journals": sorted(path.name for path in (models / "out.partial").glob("journal.*"))}
+
+
+def blocks_merged(merge: Callable[[], object]) -> list[str]:
+    """The blocks that ``merge`` still has to merge."""
+    merged = []
+    merge_block = blockwise.BlockMerge._merge_block
+    blockwise.BlockMerge._merge_block = lambda *a: (merged.append(a[1].path), merge_block(*a)) and None
+    merge()
+    return merged
 
 
 def states(models: Path) -> dict:
@@ -241,9 +279,41 @@ def states(models: Path) -> dict:
     return {"statistics": [found for _, found in of_two], "one": statistics(), "spread": of_spread}
 
 
+SCENARIOS = (
+    same,
+    dry_run,
+    death,
+    samples,
+    samples_in_order,
+    rules_in_order,
+    death_amid_blocks,
+    death_amid_layers,
+    states,
+)
+
+
+def answer(name: str, directory: str) -> str:
+    """What a scenario gives, as JSON, in a process of its own: a scenario may leave anything changed."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with open(write, "w") as pipe:
+                json.dump({each.__name__: each for each in SCENARIOS}[name](Path(directory)), pipe)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text or "null"
+
+
 if __name__ == "__main__":
     output._SECONDS_BETWEEN_SAVES = 0.0
     streaming._LONGEST = streaming.BLOCK
     torch.set_num_threads(1)  # a process that has computed with several must not be forked
-    scenarios = (same, dry_run, death, samples, samples_in_order, rules_in_order, death_amid_blocks, states)
-    print(json.dumps({each.__name__: each for each in scenarios}[sys.argv[1]](Path(sys.argv[2]))))
+    for line in sys.stdin:
+        print(answer(*json.loads(line)), flush=True)

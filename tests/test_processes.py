@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,11 +17,21 @@ from tests.test_streamed import save_family, stream
 from tests.tiny_models import write_recipe
 
 
+@cache
+def _server() -> subprocess.Popen:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.process_group"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(server.communicate)  # its input ends, and so does it
+    return server
+
+
 def scenario(name: str, models) -> dict:
-    command = [sys.executable, "-m", "tests.process_group", name, str(models)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What comes out of a scenario of tests/process_group.py; all have one process that has imported the package."""
+    print(json.dumps([name, str(models)]), file=_server().stdin, flush=True)
+    facts = json.loads(_server().stdout.readline())
+    assert facts is not None, "the scenario failed as said on stderr"
+    return facts
 
 
 def test_two_processes_write_what_one_writes(tmp_path):
@@ -63,6 +75,18 @@ def test_a_process_that_dies_at_a_block_ends_the_merge_and_leaves_a_journal(tmp_
     assert facts["journals"] == ["journal.0"]
     # The passes came to the embeddings and three blocks, of which the last was not added up.
     assert facts["written"] == ["model.layers.2", "model.norm", "lm_head", ""]
+
+
+def test_a_process_that_dies_within_a_block_in_execution_order(tmp_path):
+    facts = scenario("death_amid_layers", tiny_transformers.save_family(tmp_path, "llama", samples=40))
+    (leader, message), (other, _) = facts["results"]
+    assert other == -9
+    assert leader == 2 and "another process of this merge has ended" in message
+    assert facts["journals"] == ["journal.0"]
+    # What belongs to no block, the embeddings and the first block were on the disk.
+    left = ["model.layers.1", "model.layers.2", "model.norm", "lm_head"]
+    assert facts["merged"] == [[0, left], [0, left]]
+    assert facts["same"]
 
 
 def test_statistics_and_spread_tensors(tmp_path):

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import statsmerge_ext
-from statsmerge_ext import LayerRule, output, run, run_merge
+from statsmerge_ext import LayerRule, estimates, output, run, run_merge
 from statsmerge_ext.checkpoints import open_checkpoint, reading, weight_files
 from statsmerge_ext.checkpoints.header import read_header
 from statsmerge_ext.checkpoints.partial import PartialOutput
@@ -330,7 +331,18 @@ def test_an_error_leaves_nothing(models):
     assert files_in(models) == sorted([*before, "recipe.yaml"])
 
 
-def test_a_dry_run_says_what_the_merge_will_take(models, capsys):
+def test_a_tied_tensor_that_an_expert_has_once(models):
+    """Merged under both names, also in the sample of a dry run."""
+    state = dict(open_checkpoint(models / "base"))
+    save_file({**state, "again": state["flat"].clone()}, models / "base" / "model.safetensors")
+    plan = stream(models, dry_run=True)["plan"]
+    stream(models)
+    written = open_checkpoint(models / "out")
+    assert plan["tensors"] == len(written)
+    assert torch.equal(written["again"], written["flat"])
+
+
+def test_a_dry_run_says_what_the_merge_will_take(models):
     """Of these models the sample is all there is: bytes have to be exact, and seconds differ by what disturbs them."""
     plan = stream(models, method="ties", dry_run=True)["plan"]
     assert "out.partial" not in files_in(models) and "out" not in files_in(models)
@@ -344,3 +356,24 @@ def test_a_dry_run_says_what_the_merge_will_take(models, capsys):
     assert plan["bytes_read"] == sum(tensor.nbytes for tensor in floating)
     assert seconds / 5 < plan["seconds"] < 5 * seconds
     assert plan["memory"] == pytest.approx(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rel=0.25)
+
+
+def test_seconds_are_those_of_samples_by_their_bytes(models, monkeypatch):
+    """What only the first sample takes is counted once, and what its bytes take as often as there are more of them."""
+    clock, sizes = [0.0], []
+
+    def write(solved, out, infos, identity, **writing):
+        sizes.append(sum(info.nbytes for info in infos.values()))
+        clock[0] += 100.0 * (len(sizes) == 1) + 1e-3 * sizes[-1]
+
+    monkeypatch.setattr(estimates, "write_streamed", write)
+    monkeypatch.setattr(estimates, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(estimates, "_SAMPLE_SHARE", 0.0)
+    for enough in (10, 10**9):
+        clock[0] = 0.0
+        sizes.clear()
+        monkeypatch.setattr(estimates, "_SAMPLE_BYTES", enough)
+        plan = stream(models, dry_run=True)["plan"]
+        of_all = plan["bytes_read"] / 3
+        assert sum(sizes) == of_all if enough > of_all else sum(sizes) < of_all
+        assert plan["seconds"] == pytest.approx(100 + 1e-3 * of_all, rel=0.01)

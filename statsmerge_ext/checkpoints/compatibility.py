@@ -103,7 +103,7 @@ class Renamed(Mapping[str, Tensor]):
     def __init__(self, state: Mapping[str, Tensor], names: dict[str, str]):
         self._state = state
         self._names = names
-        if isinstance(state, Checkpoint):
+        if hasattr(state, "path"):
             self.path = state.path
 
     def __getitem__(self, name: str) -> Tensor:

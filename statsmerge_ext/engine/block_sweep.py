@@ -8,8 +8,9 @@ the passes themselves hold, so that masks, positions and residuals are the model
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -37,8 +38,8 @@ class BlockSweep:
     Attributes:
         changed: of :class:`~statsmerge_ext.engine.layer_by_layer.Passes`.
         carried: where hidden states are between two blocks.
-        seconds: path of a block -> seconds spent there on experts' weights and sums ("experts"), and on their samples
-            ("samples").
+        seconds: path of a block -> seconds spent there on experts' weights and sums ("experts"), on their samples
+            ("samples"), and on the rest of solving and writing it ("solving").
     """
 
     changed = False
@@ -57,7 +58,8 @@ class BlockSweep:
         buffers = [buffer for model in models.values() for buffer in model.buffers]
         entries = (batch.values() if isinstance(batch, Mapping) else (batch,) for _, batch in self._batches)
         self.carried = CarriedStates(directory, budget, [*buffers, *chain.from_iterable(entries)])
-        self.seconds: dict[str, dict[str, float]] = {}
+        self.seconds = defaultdict[str, dict[str, float]](lambda: {"experts": 0.0, "samples": 0.0, "solving": 0.0})
+        self._clocked = 0.0  # all of these
         last = calls[-1]
         #: A block whose own output nobody needs.
         self._end = last if last.is_leaf and calls.count(last) == 1 else None
@@ -78,6 +80,10 @@ class BlockSweep:
             ProcessError: another process has ended.
         """
         raise NotImplementedError
+
+    def solving(self, block: Block) -> AbstractContextManager[None]:
+        """The context in which the problem of ``block`` is solved and written; the time that takes is noted."""
+        return self._clock(block, "solving")
 
     @property
     def _blocks(self) -> tuple[Block, ...]:
@@ -109,12 +115,14 @@ class BlockSweep:
 
     @contextmanager
     def _clock(self, block: Block, what: str) -> Iterator[None]:
-        began = time.perf_counter()
+        """Add to :attr:`seconds` how long the context is open, without what other clocks within it add."""
+        began, before = time.perf_counter(), self._clocked
         try:
             yield
         finally:
-            spent = self.seconds.setdefault(block.path, {"experts": 0.0, "samples": 0.0})
-            spent[what] += time.perf_counter() - began
+            spent = time.perf_counter() - began - (self._clocked - before)
+            self.seconds[block.path][what] += spent
+            self._clocked += spent
 
     def _check_arrived(self, block: Block | None, passes: Iterable[tuple[str, Pass]]) -> None:
         """Raise CalibrationError unless all ``passes``, with their experts' names, are at ``block``, or the end."""

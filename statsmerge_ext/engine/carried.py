@@ -28,9 +28,6 @@ class CarriedStates:
         directory: where files are made; it need not exist.
         budget: bytes that may stay in memory.
         shared: tensors that passes have in common: the model's buffers, and batches that several of them run.
-
-    Attributes:
-        most: bytes that all passes have had at once, in memory or in files.
     """
 
     def __init__(self, directory: Path, budget: int, shared: Iterable[Tensor]) -> None:
@@ -39,7 +36,7 @@ class CarriedStates:
         self._made: dict[Hashable, list[weakref.ref[Tensor]]] = {}
         self._in_files: dict[Hashable, list[tuple[Tensor, int]]] = {}
         self._held: dict[Hashable, int] = {}
-        self.most = 0
+        self._most = 0  # bytes that all passes have had at once, in memory or in files
 
     def following(self, key: Hashable) -> Following:
         """The context in which the pass ``key`` runs, in its own thread."""
@@ -70,7 +67,7 @@ class CarriedStates:
         else:
             self._held[key] = size
         in_files = sum(size for of_pass in self._in_files.values() for _, size in of_pass)
-        self.most = max(self.most, sum(self._held.values()) + in_files)
+        self._most = max(self._most, sum(self._held.values()) + in_files)
 
     def resume(self, key: Hashable) -> None:
         """The pass ``key`` is about to go on: all that it has is in memory again."""
@@ -79,6 +76,10 @@ class CarriedStates:
             content = torch.from_numpy(np.fromfile(self._file(key, place), np.uint8))
             tensor.untyped_storage().resize_(size)
             _bytes(tensor).copy_(content)
+
+    def in_memory(self, times: float) -> int:
+        """Bytes in memory at most, if passes had so many times what they have had."""
+        return int(min(self._budget, times * self._most))
 
     def forget(self) -> None:
         """Remove all files. Every pass has to be at its end."""

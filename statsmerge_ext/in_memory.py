@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from statsmerge_ext.checkpoints import Checkpoint, check_finite, save_hf_directory, save_state_dict
 from statsmerge_ext.checkpoints.architecture import stored_state
 from statsmerge_ext.checkpoints.compatibility import floating_names
-from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from statsmerge_ext.checkpoints.file_formats import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from statsmerge_ext.engine import processes
 
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from statsmerge_ext.blockwise import BlockMerge, write_blockwise
 from statsmerge_ext.checkpoints.architecture import build_model, module_state
 from statsmerge_ext.checkpoints.chat_template import most_common_chat_template, with_chat_template
+from statsmerge_ext.checkpoints.file_formats import PICKLE_SUFFIXES
 from statsmerge_ext.checkpoints.header import TensorInfo
 from statsmerge_ext.checkpoints.page_cache import can_hold
 from statsmerge_ext.checkpoints.partial import partial_path
-from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES
 from statsmerge_ext.checkpoints.skeleton import build_skeleton
 from statsmerge_ext.checkpoints.writing import atomic_output, check_output, parse_size, write_companions
 from statsmerge_ext.engine import processes

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import statsmerge_ext
 from statsmerge_ext import LayerRule, estimates, output, run, run_merge
-from statsmerge_ext.checkpoints import open_checkpoint, reading, weight_files
+from statsmerge_ext.checkpoints import file_formats, open_checkpoint, weight_files
 from statsmerge_ext.checkpoints.header import read_header
 from statsmerge_ext.checkpoints.partial import PartialOutput
 from statsmerge_ext.engine import streaming
@@ -219,7 +219,7 @@ def test_models_that_do_not_fit_into_the_page_cache_do_not_stay_there(models, mo
 
     behind = 1000
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(reading, "_DROPPED_BEHIND", behind)
+    monkeypatch.setattr(file_formats, "_DROPPED_BEHIND", behind)
     monkeypatch.setattr(weight_files, "_WRITTEN_OUT", behind)
     monkeypatch.setattr(run, "can_hold", lambda needed: fits if needed > 3 * size else pytest.fail("not all files"))
     stream(models, "out.safetensors")

@@ -19,9 +19,9 @@ from statsmerge_ext.checkpoints.compatibility import (
     run_of,
     shape_of,
 )
+from statsmerge_ext.checkpoints.file_formats import SAFETENSORS_SUFFIX
 from statsmerge_ext.checkpoints.fingerprint import fingerprint
 from statsmerge_ext.checkpoints.header import TensorInfo
-from statsmerge_ext.checkpoints.reading import SAFETENSORS_SUFFIX
 from statsmerge_ext.checkpoints.task_vectors import FORMAT, PARTS, SHARED, group_size_of
 from statsmerge_ext.checkpoints.weight_files import WeightFile
 from statsmerge_ext.checkpoints.writing import atomic_output, check_output

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from statsmerge_ext.checkpoints.file_formats import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from statsmerge_ext.checkpoints.header import TensorInfo
-from statsmerge_ext.checkpoints.reading import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, Checkpoint, open_checkpoint
+from statsmerge_ext.checkpoints.reading import Checkpoint, open_checkpoint
 from statsmerge_ext.checkpoints.weight_files import ShardedWeights, WeightFile
 from statsmerge_ext.errors import CheckpointError
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from statsmerge_ext.engine.buffers import merge_buffers
 from statsmerge_ext.engine.dataflow import trace_dataflow
-from statsmerge_ext.engine.layer_by_layer import Fit, LayerByLayer, Passes
+from statsmerge_ext.engine.layer_by_layer import LayerByLayer, Passes
+from statsmerge_ext.engine.layer_evidence import Fit
 from statsmerge_ext.engine.lockstep import Step, lockstep, sharing_copy
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.shared_evidence import shared_batches

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from statsmerge_ext.engine.layer_by_layer import LayerEvidence
+from statsmerge_ext.engine.layer_evidence import LayerEvidence
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.sequential import merge_in_execution_order

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statsmerge_ext import ops
-from statsmerge_ext.engine.layer_by_layer import ExpertEvidence, LayerEvidence
+from statsmerge_ext.engine.layer_evidence import ExpertEvidence, LayerEvidence
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.sequential import merge_in_execution_order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from statsmerge_ext import ops
-from statsmerge_ext.engine.layer_by_layer import LayerEvidence
+from statsmerge_ext.engine.layer_evidence import LayerEvidence
 from statsmerge_ext.engine.problem import MergeProblem, Solution
 from statsmerge_ext.engine.sequential import merge_in_execution_order
 from statsmerge_ext.engine.solving import RESOLUTION

@@ -259,7 +259,7 @@ def test_threads_that_read_at_once_share_one_open_file(tmp_path, monkeypatch):
         time.sleep(0.05)  # the others arrive meanwhile
         return open(*arguments, **options)
 
-    monkeypatch.setattr("statsmerge_ext.checkpoints.reading.open", slow_open, raising=False)
+    monkeypatch.setattr("statsmerge_ext.checkpoints.file_formats.open", slow_open, raising=False)
     with ThreadPoolExecutor(4) as threads:
         runs = list(threads.map(lambda start: checkpoint.run("a", start, start + 10), range(0, 1000, 10)))
     assert torch.equal(torch.cat(runs), values) and len(opened) == 1

@@ -33,7 +33,7 @@ PLAN = {
         "robust_calibration": 1,
         "closed_forms": 1,
     },
-    "vit8": {"labels": 3, "closed_forms": 1, "foreign": 3},
+    "vit8": {"labels": 3, "start": 1, "closed_forms": 1, "foreign": 3},
     "vision4": {"closed_forms": 1},
     "text8": {"labels": 3, "start": 1, "quantisation": 1, "statistics": 1, "samples": 1, "closed_forms": 1},
 }

@@ -75,7 +75,7 @@ def test_an_interrupted_study_goes_on(quick, tmp_path, monkeypatch):
         run_study(study, Records(quick, out), seeds=2, progress=False)
     monkeypatch.setattr(Bench, "measure", lambda self, case: (done.append(case), measure(self, case))[1])
     cases = run_study(study, Records(quick, out), seeds=2, progress=False)
-    assert done == cases and len(cases) == 10
+    assert done == cases and len(cases) == 14
     run_study(study, Records(quick, tmp_path / "whole.json"), seeds=2, progress=False)
     assert out.read_text() == (tmp_path / "whole.json").read_text()
 

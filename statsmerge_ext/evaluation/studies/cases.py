@@ -97,9 +97,14 @@ def _labels(suite: Suite, seeds: int) -> Iterator[Case]:
 
 
 def _start(suite: Suite, seeds: int) -> Iterator[Case]:
+    """Coefficients alone, and on two closed forms. Those on the second are learned as on the first."""
+    entries = ("adamerging", "stats_merging/own", "lot", "lot+adamerging", "lot+stats_merging", "drift_compensation")
+    learning = suite.hyperparameters.get("lot+stats_merging", {})
     for seed in range(seeds):
-        for entry in ("adamerging", "stats_merging/own", "lot", "lot+adamerging", "lot+stats_merging"):
+        for entry in entries:
             yield Case(entry, "average", entry, seed)
+        entry = "drift_compensation+stats_merging"
+        yield Case(entry, "average", entry, seed, hyperparameters=learning)
 
 
 def _pairs(suite: Suite, rounds: int) -> Iterator[tuple[str, str]]:
@@ -205,7 +210,7 @@ STUDIES = {
     study.name: study
     for study in (
         Study("labels", "without labels, and the ceiling: free coefficients trained with true labels", _labels),
-        Study("start", "coefficients of the task vectors, and of what LOT's solution leaves over", _start),
+        Study("start", "coefficients of the task vectors, and of what a closed form leaves over", _start),
         Study("transfer", "all experts merged, two of them unknown to the learner; mean over pairs", _transfer, 4),
         Study("statistics", "what the learner of StatsMerging sees", _statistics),
         Study("samples", "calibration samples a task", _samples),

@@ -95,14 +95,14 @@ def test_what_passes_see_of_other_methods_is_what_is_written(tmp_path, monkeypat
     """The merged model's own inputs, seen while it is merged, are those of the model on disk."""
     models = save_family(tmp_path, "llama", dtype=torch.bfloat16)
     seen = []
-    add = layer_by_layer._add
+    features = layer_by_layer._features
 
-    def noted(moments, call, own, *rest):
-        if own.layer.name == "lm_head.weight":
+    def noted(call, *rest):
+        if call.now.layers[0].name == "lm_head.weight":
             seen.append(call.now.input.clone())
-        return add(moments, call, own, *rest)
+        return features(call, *rest)
 
-    monkeypatch.setattr(layer_by_layer, "_add", noted)
+    monkeypatch.setattr(layer_by_layer, "_features", noted)
     merge(models, "drift_compensation", layers=[{"filter": "down_proj", "merge_method": "linear"}])
     model = FAMILIES["llama"]().eval()
     model.load_state_dict(loaded(models / "out"))

@@ -23,6 +23,7 @@ from statsmerge_ext.engine.layer_evidence import ExpertEvidence, Fit, LayerEvide
 from statsmerge_ext.engine.lockstep import Step
 from statsmerge_ext.engine.moments import Moments
 from statsmerge_ext.engine.problem import MergeProblem, Solution
+from statsmerge_ext.engine.shared_inputs import SharedInputs
 from statsmerge_ext.engine.streaming import layer_shape
 from statsmerge_ext.evidence.observe import Observation
 from statsmerge_ext.layers import CHANNEL_NORMS, Layer
@@ -82,6 +83,7 @@ class LayerByLayer:
         self._flows = flows_among(passes.flows, problem.layers if shifts and surroundings else [])
         self._skips: dict[str, list] = {}  # layer -> what its residual connection carries, a pair a batch
         self._sums: dict[tuple[str, str], Moments] = {}  # of layers that are called again, and experts
+        self._inputs: dict[str, SharedInputs] = {}  # of each expert, at the layer that was solved last
         self._counts: dict[str, Tensor] = {}  # of each embedding's rows, [K, rows]
         self._seen: set[str] = set()
         self._solved_norms: set[str] = set()  # together with the layers before them
@@ -157,17 +159,7 @@ class LayerByLayer:
                     own = own.then(own_scale / scale, (own_summand - summand) / scale)
                 if fixed:  # the merged model has it already
                     own = replace(own, shift=own.shift - fixed.part(self._passes.parameters[fixed.parameter]))
-                moments = self._sums.pop((layer.name, name), None) or Moments.zeros_like(own.matrices)
-                for call in calls:
-                    if call.expert == name and call.now:
-                        with self._passes.present(call.place):
-                            lacking = self._lacking(whole, layer, call.place, 1 if norm is None else scale)
-                            _add(moments, call, own, lacking, self._feature_mix)
-                if flow.calls > 1:
-                    self._sums[layer.name, name] = moments
-                    moments = moments.scaled(1)
-                moments.add_up_()
-                ops.symmetrize_(moments.gram)
+                moments = self._moments(whole, own, name, calls, 1 if norm is None else scale)
                 yield ExpertEvidence(own, moments)
 
         base = affine(self._problem.base_part, shift)
@@ -184,6 +176,33 @@ class LayerByLayer:
             self._store(flow.norm, scale * (norm.running_var + norm.eps).sqrt())
             self._store(self._shifts[flow.norm.name], summand + scale * held)
             self._solved_norms.add(flow.norm.name)
+
+    def _moments(self, whole: Layer, own: Affine, expert: str, calls: list[_Call], scale: Tensor | float) -> Moments:
+        """Those of an expert whose map is ``own``, for the same rows of ``whole``; ``scale`` as of :meth:`_lacking`."""
+        layer, called = own.layer, self._flows.get(whole.name, Flow()).calls
+        calls = [call for call in calls if call.expert == expert and call.now]
+        if layer.kind == "linear" and whole.name not in self._skips and called <= 1:
+            shared, pairs = self._inputs.setdefault(expert, SharedInputs()), [(call.own, call.now) for call in calls]
+            if shared.are_worth_summing(pairs, own.matrices):
+                return shared.moments(pairs, self._rows(calls, own.weight.dtype), own.matrices, own.shift)
+        self._inputs.clear()
+        moments = self._sums.pop((layer.name, expert), None) or Moments.zeros_like(own.matrices)
+        for call in calls:
+            with self._passes.present(call.place):
+                _add(moments, call, own, self._lacking(whole, layer, call.place, scale), self._feature_mix)
+        if called > 1:
+            self._sums[layer.name, expert] = moments
+            moments = moments.scaled(1)
+        moments.add_up_()
+        ops.symmetrize_(moments.gram)
+        return moments
+
+    def _rows(self, calls: list[_Call], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The merged model's inputs, the expert's, and factors of their rows, batch by batch."""
+        for call in calls:
+            with self._passes.present(call.place):
+                x, own_x = _features(call, dtype, self._feature_mix)
+                yield x, own_x, call.now.token_weight(call.mask, x.shape[:-1])
 
     def _lacking(self, whole: Layer, layer: Layer, place: int, scale: Tensor | float) -> Tensor | None:
         """What the residual connection around ``whole`` carries less of in the merged model than in the expert's, for
@@ -257,17 +276,21 @@ def _rows_within(whole: Layer, part: Layer) -> slice:
     return slice(part.rows[0] - first, part.rows[1] - first)
 
 
-def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | None, feature_mix: float) -> None:
-    """Add the rows of one batch. Where expert and merged model do not see the same rows (a mixture of experts sends
-    tokens elsewhere), what the expert makes of the merged model's is the target."""
-    x = call.now.features().to(own.weight.dtype)
+def _features(call: _Call, dtype: torch.dtype, feature_mix: float) -> tuple[Tensor, Tensor]:
+    """What is fitted of one batch, and what the expert makes its targets of. Where expert and merged model do not see
+    the same rows (a mixture of experts sends tokens elsewhere), both are the merged model's."""
+    x = call.now.features().to(dtype)
     own_x = call.own.features().to(x) if call.inputs() else x
+    return torch.lerp(x, own_x, feature_mix) if feature_mix else x, own_x
+
+
+def _add(moments: Moments, call: _Call, own: Affine, lacking: Tensor | None, feature_mix: float) -> None:
+    """Add the rows of one batch."""
+    x, own_x = _features(call, own.weight.dtype, feature_mix)
     geometry = call.now.view if own.layer.kind == "conv" else None
     y = own(own_x, geometry)
     if lacking is not None:
         y += lacking
-    if feature_mix:
-        x = torch.lerp(x, own_x, feature_mix)
     if own.layer.kind == "conv":
         moments.add_patches(x, y, geometry)
     elif own.layer.kind == "scale":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -98,13 +98,19 @@ class Moments:
     def with_targets_of(self, matrices: Tensor, shift: Tensor | None) -> Moments:
         """The same inputs, with W x + b as targets: ``matrices`` W [groups, out, in] and ``shift`` b [groups · out].
         The Gram matrix must be whole."""
-        product = ops.gram_accumulate_(torch.zeros_like(self.product), matrices.mT, other=self.gram)
-        outputs = (matrices @ self.inputs.unsqueeze(-1)).squeeze(-1)
+        return replace(self, product=self.gram, outputs=self.inputs).followed_by(matrices, shift)
+
+    def followed_by(self, matrices: Tensor, shift: Tensor | None) -> Moments:
+        """The same inputs, with W y + b as targets: ``matrices`` W [groups, new out, out] and ``shift`` b [groups · new
+        out], or None."""
+        shape = (*matrices.shape[:-1], self.product.shape[-1])
+        product = ops.gram_accumulate_(self.product.new_zeros(shape), matrices.mT, other=self.product)
+        outputs = (matrices @ self.outputs.unsqueeze(-1)).squeeze(-1)
         if shift is not None:
             shift = shift.reshape(outputs.shape)
             product += shift.unsqueeze(-1) * self.inputs.unsqueeze(-2)
             outputs += shift * self.count
-        return Moments(self.gram, product, self.inputs, outputs, self.count)
+        return replace(self, product=product, outputs=outputs)
 
     def fit(
         self, ridge: float, *, shifted: bool, anchor: Tensor | None = None, filter: str = "ridge"

@@ -31,11 +31,11 @@ PLAN = {
         "unseen": 1,
         "tasks": 1,
         "robust_calibration": 1,
-        "closed_forms": 1,
+        "closed_forms": 3,
     },
-    "vit8": {"labels": 3, "start": 1, "closed_forms": 1, "foreign": 3},
-    "vision4": {"closed_forms": 1},
-    "text8": {"labels": 3, "start": 1, "quantisation": 1, "statistics": 1, "samples": 1, "closed_forms": 1},
+    "vit8": {"labels": 3, "closed_forms": 3, "foreign": 3},
+    "vision4": {"closed_forms": 3},
+    "text8": {"labels": 3, "start": 1, "quantisation": 1, "statistics": 1, "samples": 1, "closed_forms": 3},
 }
 
 

@@ -124,17 +124,19 @@ class Moments:
         Returns: W [groups, out, in] in float64, and b [groups, out] or None.
         """
         gram, product, scale = self._equations(shifted)
-        if filter == "ridge":
-            weight = ops.layer_solve(gram, product, filter="ridge", ridge=ridge, anchor=anchor).T
+        if filter == "ridge" and len(gram) == 1:  # the ridge is scaled rather than matrices that may be large
+            weight = ops.layer_solve(gram, product, filter="ridge", ridge=ridge * float(scale), anchor=anchor).T
+        elif filter == "ridge":
+            weight = ops.layer_solve(gram / scale, product / scale, filter="ridge", ridge=ridge, anchor=anchor).T
         else:
             start = torch.zeros_like(product) if anchor is None else anchor
             # What is below the resolution of the features is rounding, whatever it is divided by.
-            least = RESOLUTION * mean_eigenvalue(self.gram / scale).squeeze(-1)
+            least = RESOLUTION * (mean_eigenvalue(self.gram) / scale).squeeze(-1)
 
             def response(values: Tensor) -> Tensor:
                 return FILTERS[filter](torch.where(values > least, values, 0), ridge, float(self.count.max()))
 
-            weight = spectral_solution(gram, product, start, response)
+            weight = spectral_solution(gram / scale, product / scale, start, response)
         return weight, self.shift_of(weight) if shifted else None
 
     def effective_rank(self, *, shifted: bool) -> float:
@@ -143,12 +145,10 @@ class Moments:
         return float(effective_rank(values).mean()) / values.shape[-1]
 
     def _equations(self, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """``gram`` and ``product``, centred if ``shifted``, over the mean eigenvalue; and that."""
+        """``gram`` and ``product``, centred if ``shifted``, and the mean eigenvalue that they are measured by."""
         gram, product = self._centred() if shifted else (self.gram, self.product)
-        least = RESOLUTION * mean_eigenvalue(self.gram)
-        scale = torch.maximum(mean_eigenvalue(gram), least)
-        scale = torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
-        return gram / scale, product / scale, scale
+        scale = torch.maximum(mean_eigenvalue(gram), RESOLUTION * mean_eigenvalue(self.gram))
+        return gram, product, torch.where(scale > 0, scale, 1)  # a group that saw only zeros keeps its anchor
 
     def gains(self, weight: Tensor, ridge: float) -> Tensor:
         """argmin for each output of Σ (g (W x) + b − y)² with b free and a ridge that holds on to g = 1, a part of the
@@ -167,7 +167,10 @@ class Moments:
     def _centred(self) -> tuple[Tensor, Tensor]:
         """``gram`` and ``product`` of inputs less their mean."""
         means = (self.inputs / self.count).unsqueeze(-2)
-        return self.gram - self.inputs.unsqueeze(-1) * means, self.product - self.outputs.unsqueeze(-1) * means
+        return tuple(
+            sums.baddbmm(of.unsqueeze(-1), means, alpha=-1)
+            for sums, of in ((self.gram, self.inputs), (self.product, self.outputs))
+        )
 
 
 def _sum_of_images(x: Tensor) -> Tensor:

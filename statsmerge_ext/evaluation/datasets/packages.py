@@ -142,4 +142,15 @@ def _unpack(archive: Path, into: Path) -> None:
             raise OSError(done.stderr.strip())
     else:  # npm packs everything under package/: one directory a package keeps them apart
         with tarfile.open(archive) as file:
-            file.extractall(into / archive.stem, filter="data")
+            _extract_files(file, into / archive.stem)
+
+
+def _extract_files(archive: tarfile.TarFile, into: Path) -> None:
+    """Take the regular files out, no links; tarfile's own filter for this is missing in early Pythons 3.10 and 3.11."""
+    for member in filter(tarfile.TarInfo.isfile, archive):
+        path = into / member.name
+        if not path.resolve().is_relative_to(into.resolve()):
+            raise OSError(f"{member.name!r} would be written elsewhere")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with archive.extractfile(member) as content, open(path, "wb") as file:
+            shutil.copyfileobj(content, file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
@@ -30,4 +31,5 @@ def drop(descriptor: int, start: int, stop: int) -> None:
     """
     start = max(0, start)
     if start < stop and hasattr(os, "posix_fadvise"):  # a length of 0 would mean all that follows
-        os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # a merge does not depend on it
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)

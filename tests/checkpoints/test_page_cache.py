@@ -58,3 +58,12 @@ def test_bytes_that_are_on_the_disk_leave_the_page_cache(tmp_path):
         assert all(pages_in_memory(path))
         page_cache.drop(file.fileno(), -PAGE, 4096 * PAGE)
     assert not any(pages_in_memory(path))
+
+
+def test_a_file_that_has_no_pages_is_left_alone():
+    reading, writing = os.pipe()
+    try:
+        page_cache.drop(reading, 0, 10)
+    finally:
+        os.close(reading)
+        os.close(writing)

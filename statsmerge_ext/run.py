@@ -122,6 +122,8 @@ def run_merge(
     stays_cached = can_hold(inputs.bytes + plan["bytes"])
     if not stays_cached:
         inputs.leave_page_cache()
+    tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer and not is_file(out) else None
+    template = _chat_template_files(recipe, tokenizer)
     if dry_run:
         if processes.count() > 1:
             raise ProcessError("dry_run: says what one process needs; run it in one, without torchrun")
@@ -142,8 +144,6 @@ def run_merge(
     if not resume:
         journal.unlink(missing_ok=True)
     facts = {"plan": plan, **({"vocabulary": inputs.vocabulary} if inputs.vocabulary else {})}
-    tokenizer = (recipe.tokenizer or recipe.base) if copy_tokenizer else None
-    template = _chat_template_files(recipe, tokenizer)
     model = build_model(base).to(device) if recipe.needs_data and not blocks else None
     if blocks:
         merged, write = blocks, write_blockwise
@@ -161,9 +161,8 @@ def run_merge(
         return _write(write, merged, inputs, out, infos, facts, tokenizer, template)
     result = merged.computed(model)
     report = {**result.report, **({"in_memory": why_not} if why_not else {}), **facts}
-    files = accompanying_files(recipe, report, result.coefficients, result.learner)
+    files = accompanying_files(recipe, report, result.coefficients, result.learner) | template
     writing = {"shard_size": out_shard_size, "copy_tokenizer": copy_tokenizer, "tokenizer": recipe.tokenizer}
-    files |= {} if is_file(out) else template
     form = {"out_dtype": recipe.out_dtype, "files": files, "overwrite": overwrite, "progress": progress}
     write_whole(result.state, result.model, base, out, **form, **writing)
     return report
@@ -231,10 +230,12 @@ def _write(
 
 def _chat_template_files(recipe: Recipe, tokenizer: Path | None) -> dict[str, str]:
     """Of the tokenizer's files, if they are copied, those that say its chat template, if the recipe chooses one."""
+    if tokenizer is None:
+        return {}
     template = recipe.chat_template
     if template == "auto":
         template = most_common_chat_template((recipe.base, *recipe.experts.values()))
-    return {} if template is None or tokenizer is None else with_chat_template(template, tokenizer)
+    return {} if template is None else with_chat_template(template, tokenizer)
 
 
 def _plan(infos: Mapping[str, TensorInfo]) -> dict:

@@ -184,9 +184,9 @@ def test_killed_at_random_moments_the_same_command_ends_in_the_same_files(tmp_pa
     assert facts["killed"] >= 8 and facts["resumed"] >= 2
 
 
-def test_what_passes_see_is_what_is_written(tmp_path, monkeypatch):
+def assert_passes_see_what_is_written(directory, monkeypatch, **recipe):
     """The merged model's own inputs, seen while it is merged, are those of the model on disk."""
-    models = save_family(tmp_path, "llama", dtype=torch.bfloat16)
+    models = save_family(directory, "llama", dtype=torch.bfloat16)
     seen = []
     features = layer_by_layer._features
 
@@ -196,13 +196,17 @@ def test_what_passes_see_is_what_is_written(tmp_path, monkeypatch):
         return features(call, *rest)
 
     monkeypatch.setattr(layer_by_layer, "_features", noted)
-    merge(models, "drift_compensation")
+    merge(models, "drift_compensation", **recipe)
     model = FAMILIES["llama"]().eval()
     model.load_state_dict(loaded(models / "out"))
     batch = read_samples(models / "a.safetensors", batch_size=BATCH)[0]
     with torch.no_grad():
         hidden = model.model(**batch).last_hidden_state
     torch.testing.assert_close(seen[0], hidden)
+
+
+def test_what_passes_see_is_what_is_written(tmp_path, monkeypatch):
+    assert_passes_see_what_is_written(tmp_path, monkeypatch)
 
 
 def test_two_processes_share_samples(tmp_path):

@@ -10,15 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from statsmerge_ext import LayerRule, blockwise
-from statsmerge_ext.calibration import read_samples
 from statsmerge_ext.checkpoints import open_checkpoint
-from statsmerge_ext.engine import layer_by_layer
 from statsmerge_ext.errors import CheckpointError, RecipeError
-from tests.test_blockwise import BATCH, assert_same, in_memory, interrupted_after, loaded, merge
-from tests.test_blockwise_in_order import passes_as_they_are  # noqa: F401
+from tests.test_blockwise import assert_same, in_memory, interrupted_after, loaded, merge
+from tests.test_blockwise_in_order import assert_passes_see_what_is_written, passes_as_they_are  # noqa: F401
 from tests.test_processes import scenario
 from tests.tiny_models import files_in
-from tests.tiny_transformers import FAMILIES, save_family
+from tests.tiny_transformers import save_family
 
 # Whole blocks (the first, the last), and parts of all blocks.
 TEXT = [
@@ -92,24 +90,8 @@ def test_an_interrupted_merge_goes_on_at_its_block(tmp_path, monkeypatch):
 
 
 def test_what_passes_see_of_other_methods_is_what_is_written(tmp_path, monkeypatch):
-    """The merged model's own inputs, seen while it is merged, are those of the model on disk."""
-    models = save_family(tmp_path, "llama", dtype=torch.bfloat16)
-    seen = []
-    features = layer_by_layer._features
-
-    def noted(call, *rest):
-        if call.now.layers[0].name == "lm_head.weight":
-            seen.append(call.now.input.clone())
-        return features(call, *rest)
-
-    monkeypatch.setattr(layer_by_layer, "_features", noted)
-    merge(models, "drift_compensation", layers=[{"filter": "down_proj", "merge_method": "linear"}])
-    model = FAMILIES["llama"]().eval()
-    model.load_state_dict(loaded(models / "out"))
-    with torch.no_grad():
-        batch = read_samples(models / "a.safetensors", batch_size=BATCH)[0]
-        hidden = model.model(**batch).last_hidden_state
-    torch.testing.assert_close(seen[0], hidden)
+    layers = [{"filter": "down_proj", "merge_method": "linear"}]
+    assert_passes_see_what_is_written(tmp_path, monkeypatch, layers=layers)
 
 
 @pytest.mark.parametrize("kept", ["layers.0.", "layers.1.", "embed_tokens"])

@@ -46,11 +46,16 @@ def test_a_dry_run_of_several_processes_is_refused(tmp_path):
     assert facts["nothing_left"]
 
 
-def test_a_process_that_dies_ends_the_merge_and_leaves_a_journal(tmp_path):
-    facts = scenario("death", save_family(tmp_path, rows=6000))
+def assert_one_died(facts: dict) -> None:
+    """The second of two processes was killed, and the first one has ended with a message that says so."""
     (leader, message), (other, _) = facts["results"]
     assert other == -9
     assert leader == 2 and "another process of this merge has ended" in message
+
+
+def test_a_process_that_dies_ends_the_merge_and_leaves_a_journal(tmp_path):
+    facts = scenario("death", save_family(tmp_path, rows=6000))
+    assert_one_died(facts)
     assert "journal.1" in facts["journals"]
     assert facts["resumed"] <= facts["in_all"] - 3
     assert facts["same"]
@@ -69,9 +74,7 @@ def test_two_processes_share_samples(tmp_path):
 
 def test_a_process_that_dies_at_a_block_ends_the_merge_and_leaves_a_journal(tmp_path):
     facts = scenario("death_amid_blocks", tiny_transformers.save_family(tmp_path, "llama", samples=40))
-    (leader, message), (other, _) = facts["results"]
-    assert other == -9
-    assert leader == 2 and "another process of this merge has ended" in message
+    assert_one_died(facts)
     assert facts["journals"] == ["journal.0"]
     # The passes came to the embeddings and three blocks, of which the last was not added up.
     assert facts["written"] == ["model.layers.2", "model.norm", "lm_head", ""]
@@ -79,9 +82,7 @@ def test_a_process_that_dies_at_a_block_ends_the_merge_and_leaves_a_journal(tmp_
 
 def test_a_process_that_dies_within_a_block_in_execution_order(tmp_path):
     facts = scenario("death_amid_layers", tiny_transformers.save_family(tmp_path, "llama", samples=40))
-    (leader, message), (other, _) = facts["results"]
-    assert other == -9
-    assert leader == 2 and "another process of this merge has ended" in message
+    assert_one_died(facts)
     assert facts["journals"] == ["journal.0"]
     # What belongs to no block, the embeddings and the first block were on the disk.
     left = ["model.layers.1", "model.layers.2", "model.norm", "lm_head"]

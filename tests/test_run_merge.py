@@ -336,9 +336,8 @@ def test_a_chat_template_belongs_to_the_tokenizer(models, capsys):
     assert not {"out/chat_template.jinja", "without/chat_template.jinja"}.intersection(files_in(models))
     assert "chat_template.jinja" not in open_checkpoint(models / "file.safetensors").metadata
     (models / "b" / "chat_template.jinja").write_bytes(b"\xff")
-    assert_refused(
-        models, capsys, "chat_template.jinja: cannot be read", chat_template="auto", options=("--overwrite",)
-    )
+    for options in (["--overwrite"], ["--overwrite", "--dry-run"]):
+        assert_refused(models, capsys, "chat_template.jinja: cannot be read", chat_template="auto", options=options)
 
 
 def test_nothing_after_the_weights_makes_a_merge_fail(models, monkeypatch):
